@@ -1,0 +1,197 @@
+"""Every setting of mimoq, in one class.
+
+Values come, first match wins, from the call (command line flags), the environment (`MIMOQ_<NAME>`), a `.env` file in the
+working directory, and the defaults below. An empty variable counts as unset. The table in `docs/settings.md` is made
+from the descriptions here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jobs.errors import UsageError
+
+PREFIX = "MIMOQ_"
+DEFAULT_BASE_URL = "https://genaiapi.cloudsway.net"
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """The effective settings of one process; secrets never show in its `repr`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    api_key: SecretStr | None = Field(None, description="Key of the upstream account, sent as a bearer token.")
+    base_url: str = Field(DEFAULT_BASE_URL, description="Address of the upstream, without a path of an endpoint.")
+    endpoint_path: str | None = Field(
+        None,
+        description="The provider's endpoint path of one model; set, it selects the per-model addresses "
+        "(`/v1/ai/<path>/chat/completions`, `/<path>/v1/messages`) instead of the unified ones.",
+    )
+    allow_insecure_http: bool = Field(
+        False, description="Allow `http://` to a host other than loopback. Hands the key to anyone on the way."
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="The store (`redis://`, `rediss://` or `unix://`). Unset: an embedded Valkey in DATA_DIR."
+    )
+    broker_url: SecretStr | None = Field(None, description="Celery broker. Unset: REDIS_URL.")
+    result_backend: SecretStr | None = Field(None, description="Celery result backend. Unset: REDIS_URL.")
+    result_compression: Literal["gzip", "none"] = Field(
+        "gzip", description="Compression of stored results; any Celery 5.7 app reads both."
+    )
+    data_dir: Path = Field(Path(".mimoq"), description="Folder of the embedded Valkey and of spooled input, mode 0700.")
+    model: str = Field("MaaS_Mimo_V2.5_20260423", description="Model of requests that name none.")
+    rpm: Positive | None = Field(None, description="Requests a minute, per account and model, cluster-wide.")
+    tpm: Positive | None = Field(None, description="Tokens a minute, per account and model, cluster-wide.")
+    max_in_flight: Positive | None = Field(
+        None, description="Calls in flight at once, per account and model, cluster-wide."
+    )
+    worker_max_in_flight: Positive = Field(512, description="Calls in flight at once in one worker process.")
+    slice_size: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="Jobs in one slice.")
+    max_attempts: Positive = Field(5, description="Attempts of one job before it fails; refusals (429) are not counted.")
+    streaming: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Stream upstream and join the pieces. `auto`: when the body says so or its token limit is over 4,096.",
+    )
+    call_timeout_s: Seconds = Field(600.0, description="Seconds one upstream call may take in all.")
+    connect_timeout_s: Seconds = Field(10.0, description="Seconds to connect to the upstream.")
+    idle_timeout_s: Seconds = Field(
+        300.0, description="Seconds without one byte from the upstream, once the call is sent."
+    )
+    max_line_bytes: Positive = Field(20_000_000, description="Longest accepted input line, in bytes.")
+    result_ttl_s: Positive = Field(
+        30 * 86_400, description="Seconds a result is kept, and a batch after its end."
+    )
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        30.0, description="Seconds that calls in flight get to end when a worker is told to stop."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["console", "json"] | None = Field(
+        None, description="Unset: `console` on a terminal, `json` otherwise."
+    )
+
+    @field_validator("log_level", "log_format", "streaming", "result_compression", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an address like https://host or http://127.0.0.1:8080")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("must hold no user, password, query or fragment; the key goes into MIMOQ_API_KEY")
+        # The OpenAI SDK's habit of naming the address with its /v1 is forgiven.
+        return value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("endpoint_path")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        value = value.strip("/")
+        if not value or any(c in value for c in "?#%\\ ") or ".." in value.split("/"):
+            raise ValueError("must be the plain path that the provider names, like my-endpoint")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        key = value.get_secret_value().strip()
+        if not key:
+            return None
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError("must be one word of plain ASCII characters")
+        return SecretStr(key)
+
+    @model_validator(mode="after")
+    def _no_key_in_the_clear(self) -> Settings:
+        parts = urlsplit(self.base_url)
+        if parts.scheme == "http" and not self.allow_insecure_http and not is_loopback(parts.hostname or ""):
+            raise ValueError(
+                "BASE_URL: http:// sends the key in the clear; use https://, or set MIMOQ_ALLOW_INSECURE_HTTP=true"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name of a URL can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The effective settings; an override of None counts as not given.
+
+    Raises `UsageError` with one line that names the setting and the rule it breaks.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise UsageError("; ".join(_problem(item) for item in error.errors(include_url=False))) from None
+
+
+def _problem(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:
+        return f"{PREFIX}{message}"
+    return f"{PREFIX}{str(item['loc'][0]).upper()}: {message}"
+
+
+def sources(settings: Settings, **overrides: Any) -> Iterator[tuple[str, str, str]]:
+    """`(variable, value with secrets masked, where it came from)` of every setting."""
+    from dotenv import dotenv_values
+
+    env_file = {name.upper(): value for name, value in dotenv_values(".env").items()}
+    environment = {name.upper(): value for name, value in os.environ.items()}
+    for name in type(settings).model_fields:
+        variable = PREFIX + name.upper()
+        value = getattr(settings, name)
+        if overrides.get(name) is not None:
+            source = "command line"
+        elif environment.get(variable):
+            source = "environment"
+        elif env_file.get(variable):
+            source = ".env"
+        else:
+            source = "default"
+        yield variable, _shown(value), source
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "(unset)"
+    return str(value)
