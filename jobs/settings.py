@@ -1,8 +1,8 @@
 """Every setting of mimoq, in one class.
 
-Values come, first match wins, from the call (command line flags), the environment (`MIMOQ_<NAME>`), a `.env` file in the
-working directory, and the defaults below. An empty variable counts as unset. The table in `docs/settings.md` is made
-from the descriptions here.
+Values come, first match wins, from the call (command line flags), the environment (`MIMOQ_<NAME>`), a `.env` file in
+the working directory, and the defaults below. An empty variable counts as unset. The table in `docs/settings.md` is
+made from the descriptions here.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Settings(BaseSettings):
     )
     worker_max_in_flight: Positive = Field(512, description="Calls in flight at once in one worker process.")
     slice_size: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="Jobs in one slice.")
-    max_attempts: Positive = Field(5, description="Attempts of one job before it fails; refusals (429) are not counted.")
+    max_attempts: Positive = Field(5, description="Attempts of one job before it fails; a 429 is not counted.")
     streaming: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Stream upstream and join the pieces. `auto`: when the body says so or its token limit is over 4,096.",
+        description="Stream upstream and join the pieces. `auto`: if the body says so or its token limit is over 4,096.",
     )
     call_timeout_s: Seconds = Field(600.0, description="Seconds one upstream call may take in all.")
     connect_timeout_s: Seconds = Field(10.0, description="Seconds to connect to the upstream.")
@@ -76,9 +76,7 @@ class Settings(BaseSettings):
         300.0, description="Seconds without one byte from the upstream, once the call is sent."
     )
     max_line_bytes: Positive = Field(20_000_000, description="Longest accepted input line, in bytes.")
-    result_ttl_s: Positive = Field(
-        30 * 86_400, description="Seconds a result is kept, and a batch after its end."
-    )
+    result_ttl_s: Positive = Field(30 * 86_400, description="Seconds a result is kept, and a batch after its end.")
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30.0, description="Seconds that calls in flight get to end when a worker is told to stop."
     )
