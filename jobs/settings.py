@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     allow_insecure_http: bool = Field(
         False, description="Allow `http://` to a host other than loopback. Hands the key to anyone on the way."
     )
+    simulated: bool = Field(
+        False, description="BASE_URL is a simulator: take simulated batches only. Set by `--simulate` for its workers."
+    )
     redis_url: SecretStr | None = Field(
         None, description="The store (`redis://`, `rediss://` or `unix://`). Unset: an embedded Valkey in DATA_DIR."
     )
@@ -68,7 +71,7 @@ class Settings(BaseSettings):
     max_attempts: Positive = Field(5, description="Attempts of one job before it fails; a 429 is not counted.")
     streaming: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Stream upstream and join the pieces. `auto`: if the body says so or its token limit is over 4,096.",
+        description="Stream upstream and join the pieces. `auto`: if the body says so, or allows over 4,096 tokens.",
     )
     call_timeout_s: Seconds = Field(600.0, description="Seconds one upstream call may take in all.")
     connect_timeout_s: Seconds = Field(10.0, description="Seconds to connect to the upstream.")

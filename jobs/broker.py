@@ -1,0 +1,100 @@
+"""The Celery app and the bell: how rings get onto the queues and how deep these are.
+
+A ring says "there is a ready slice on this lane" and carries ids only. Nothing depends on it: a lost one is replaced by
+the reaper, a surplus one finds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.exceptions import OperationalError
+
+from jobs import identity
+from jobs.connections import celery_url
+from jobs.errors import StoreUnavailable, UsageError
+from jobs.keys import LANES
+from jobs.settings import Settings
+
+RING = "mimoq.ring"
+#: Rings flushed to the broker together.
+RING_BLOCK = 500
+
+
+def make_app(settings: Settings, redis_url: str) -> Celery:
+    """The Celery app for these settings; `redis_url` is the store, used where no broker or backend is set."""
+    broker = settings.broker_url.get_secret_value() if settings.broker_url else celery_url(redis_url)
+    backend = settings.result_backend.get_secret_value() if settings.result_backend else celery_url(redis_url)
+    app = Celery("mimoq", broker=broker, backend=backend, set_as_current=False)
+    options: dict[str, Any] = {}
+    if broker.startswith(("redis", "rediss")):
+        # A ring may be lost, so it needs no record of unacked messages, which costs two round trips each.
+        options = {"ack_emulation": False, "socket_timeout": 30, "socket_connect_timeout": 5}
+        if not broker.startswith("redis+socket"):
+            options |= {"socket_keepalive": True, "health_check_interval": 15}
+    app.conf.update(
+        broker_transport_options=options,
+        broker_connection_retry_on_startup=True,
+        broker_connection_timeout=5,
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_queues=[
+            Queue(identity.queue(lane, upstream)) for lane in LANES for upstream in ("", identity.SIMULATED)
+        ],
+        task_default_queue=identity.queue("bulk", ""),
+        task_send_sent_event=False,
+        worker_send_task_events=False,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        result_compression="gzip" if settings.result_compression == "gzip" else None,
+        result_expires=settings.result_ttl_s,
+        redis_socket_timeout=10.0,
+        redis_backend_health_check_interval=None if "socket" in backend.split("://")[0] else 15,
+        redis_retry_on_timeout=True,
+    )
+    return app
+
+
+def results_url(settings: Settings, redis_url: str) -> str:
+    """The Redis that holds results, as redis-py spells it. Raises `UsageError` for another kind of backend."""
+    if settings.result_backend is None:
+        return redis_url
+    url = settings.result_backend.get_secret_value()
+    if url.startswith("redis+socket://"):
+        path, _, query = url.removeprefix("redis+socket://").partition("?")
+        return f"unix://{path}" + (f"?db={query.removeprefix('virtual_host=')}" if query else "")
+    if not url.startswith(("redis://", "rediss://")):
+        raise UsageError("MIMOQ_RESULT_BACKEND: must begin with redis://, rediss:// or redis+socket://")
+    return url
+
+
+class Bell:
+    """Rings the queues of the lanes."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def ring(self, batch_id: str, lane: str, upstream: str, times: int) -> None:
+        """Puts `times` rings on the lane's queue. Raises `StoreUnavailable` when the broker does not answer."""
+        if times <= 0:
+            return
+        name = identity.queue(lane, upstream)
+        try:
+            with self._app.producer_or_acquire() as producer, producer.batch(RING_BLOCK):
+                for _ in range(times):
+                    self._app.send_task(RING, (batch_id,), queue=name, producer=producer, ignore_result=True)
+        except (OperationalError, OSError) as error:
+            raise StoreUnavailable(f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL") from None
+
+    def depth(self, lane: str, upstream: str) -> int:
+        """Rings waiting on the lane's queue; an unknown queue has none."""
+        name = identity.queue(lane, upstream)
+        with self._app.connection_for_write() as connection, connection.channel() as channel:
+            try:
+                return int(channel.queue_declare(name, passive=True).message_count)
+            except connection.channel_errors:
+                return 0

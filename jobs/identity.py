@@ -1,0 +1,46 @@
+"""Digests that name things without showing them: the account of a key, the upstream of a batch, the content of a run."""
+
+from __future__ import annotations
+
+import hashlib
+
+from jobs.settings import Settings
+
+SIMULATED = "simulate"
+
+
+def account(api_key: str) -> str:
+    """The account of a key: a keyed digest, 16 hex digits, from which the key can't be had."""
+    return hashlib.blake2b(api_key.encode(), key=b"mimoq account", digest_size=8).hexdigest()
+
+
+def account_of(settings: Settings) -> str:
+    """The account these settings call with; without a key, the digest of none."""
+    return account(settings.api_key.get_secret_value() if settings.api_key else "")
+
+
+def label(settings: Settings) -> str:
+    """The upstream these settings call, as batches that are bound to it name it.
+
+    Every simulator is the same upstream, whatever its port; a simulated worker takes nothing else.
+    """
+    if settings.simulated:
+        return SIMULATED
+    address = f"{settings.base_url}\n{settings.endpoint_path or ''}"
+    return hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
+
+
+def served_labels(settings: Settings) -> list[str]:
+    """The labels whose batches a worker with these settings takes: its own, and batches bound to none."""
+    return [SIMULATED] if settings.simulated else [label(settings), ""]
+
+
+def queue(lane: str, upstream: str) -> str:
+    """The Celery queue that carries the rings of a lane; simulated work has its own, so no real worker hears it."""
+    return f"mimoq.{SIMULATED}.{lane}" if upstream == SIMULATED else f"mimoq.{lane}"
+
+
+def run_identity(content: str, endpoint: str, model: str | None, upstream: str) -> str:
+    """What makes two runs the same batch: input content, endpoint, model and upstream; 16 hex digits."""
+    text = "\n".join(("run", content, endpoint, model or "", upstream))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

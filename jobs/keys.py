@@ -1,0 +1,113 @@
+"""The name of every key mimoq keeps in Redis; no other module spells one out.
+
+The Lua scripts get the prefix as their first key and build the keys of a batch from it, because which batch is next is
+only known inside the script. The store is one primary, so keys need no hash tags.
+"""
+
+from __future__ import annotations
+
+PREFIX = "mimoq:"
+
+SCHEMA = PREFIX + "schema"  # string: version of this layout
+BATCHES = PREFIX + "batches"  # zset: batch id -> created_at, all that are still kept
+OPEN = PREFIX + "open"  # zset: batch id -> created_at, those not finished
+DEADLINES = PREFIX + "deadlines"  # zset: batch id -> unix time at which it expires
+LANE_NAMES = PREFIX + "lanes"  # set: `<lane>:<label>` of every lane that has had work
+CLOSING = PREFIX + "closing"  # set: batch ids being cancelled or expired
+DUE = PREFIX + "due"  # zset: batch id -> unix time of its earliest scheduled retry
+LEASES = PREFIX + "leases"  # zset: fencing token -> unix time its lease ends
+WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbeat
+REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
+EVENTS = PREFIX + "events"  # channel: every end of a job, as `<batch id>`; readers look for themselves
+
+LANES = ("interactive", "bulk")
+
+
+def batch(batch_id: str) -> str:
+    """hash: the batch's record."""
+    return f"{PREFIX}batch:{batch_id}"
+
+
+def requests(batch_id: str) -> str:
+    """hash: block number -> compressed block; `r<index>` -> one large request."""
+    return f"{PREFIX}batch:{batch_id}:requests"
+
+
+def staged(batch_id: str, nonce: str) -> str:
+    """The same hash while it is being written; expires unless the batch is created."""
+    return f"{PREFIX}staged:{batch_id}:{nonce}"
+
+
+def states(batch_id: str) -> str:
+    """string: one byte a job, NUL (or beyond the end) while it is not terminal."""
+    return f"{PREFIX}batch:{batch_id}:states"
+
+
+def claims(batch_id: str) -> str:
+    """hash: job index -> fencing token of the lease that holds it."""
+    return f"{PREFIX}batch:{batch_id}:claims"
+
+
+def history(batch_id: str) -> str:
+    """hash: job index -> JSON array of its attempts so far, of jobs given back."""
+    return f"{PREFIX}batch:{batch_id}:history"
+
+
+def retries(batch_id: str) -> str:
+    """zset: job index -> unix time before which it is not called again."""
+    return f"{PREFIX}batch:{batch_id}:retries"
+
+
+def done(batch_id: str) -> str:
+    """string: the indexes of ended jobs in the order of their ends, 4 bytes each, little-endian."""
+    return f"{PREFIX}batch:{batch_id}:done"
+
+
+def channel(batch_id: str) -> str:
+    """channel: a message each time jobs of the batch end or its state changes."""
+    return f"{PREFIX}batch:{batch_id}:events"
+
+
+def lane(name: str, label: str) -> str:
+    """zset: batch id -> virtual time (jobs handed out), of batches with ready work for the upstream `label`."""
+    return f"{PREFIX}lane:{name}:{label}"
+
+
+def turn(name: str) -> str:
+    """string: the virtual time of a lane, at which a batch that becomes ready joins."""
+    return f"{PREFIX}turn:{name}"
+
+
+def lease(token: str) -> str:
+    """hash: worker, batch, indexes, crashes, jobs left."""
+    return f"{PREFIX}lease:{token}"
+
+
+def worker(worker_id: str) -> str:
+    """string with expiry: JSON of what a worker says of itself."""
+    return f"{PREFIX}worker:{worker_id}"
+
+
+def identity(digest: str) -> str:
+    """string: the batch that a content identity or an idempotency key stands for."""
+    return f"{PREFIX}identity:{digest}"
+
+
+def limit(account: str, model: str) -> str:
+    """hash: levels of the buckets, window, adaptation record."""
+    return f"{PREFIX}limit:{account}:{model}"
+
+
+def flight(account: str, model: str) -> str:
+    """zset: reservation id -> unix time at which it counts as lost with its worker."""
+    return f"{PREFIX}flight:{account}:{model}"
+
+
+def gate(account: str) -> str:
+    """hash: reason, status, since, until (no call before), step_s; absent while the account is open."""
+    return f"{PREFIX}gate:{account}"
+
+
+def result(job_id: str) -> str:
+    """string: Celery's own key of a task's result."""
+    return f"celery-task-meta-{job_id}"

@@ -1,0 +1,314 @@
+"""The store: batches and jobs in Redis, as producers and readers see them.
+
+What goes wrong here: a submit that is cut anywhere leaves requests that expire and no batch; a Redis that is away raises
+`StoreUnavailable`. The workers' side (claims, ends, leases) is in `jobs.leases`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jobs import keys
+from jobs.blocks import decode_block, decode_large, encode_blocks
+from jobs.errors import Conflict, MimoqError, NotFound, StoreUnavailable
+from jobs.requests import Request
+from jobs.results import StoredResult, Usage, decode_result
+from jobs.scripts import Script
+from jobs.states import TERMINAL, BatchState, JobState, job_id
+
+if TYPE_CHECKING:
+    import redis
+
+#: Seconds that staged requests live on after the last write of a submit that was cut.
+STAGING_TTL_S = 3600
+#: Bytes written to Redis in one pipeline while submitting.
+PIPELINE_BYTES = 1_000_000
+#: Jobs one call of the sweeping and requeueing scripts looks at.
+SCRIPT_JOBS = 2_000
+#: Results read in one round trip.
+READ_JOBS = 200
+
+NO_USAGE = Usage()
+
+_create = Script("create")
+_cancel = Script("cancel")
+_sweep = Script("sweep")
+_requeue = Script("requeue")
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """What a batch is created with; times in seconds."""
+
+    batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    lane: str = "bulk"
+    label: str = ""
+    slice_size: int = 50
+    ttl_s: int = 30 * 86_400
+    max_attempts: int | None = None
+    deadline_s: float | None = None
+    identity: str = ""
+    content: str = ""
+    answered: bytes = b""
+    answered_usage: Usage = NO_USAGE
+    metadata: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatus:
+    """One look at a batch: its counts always add up to `total`."""
+
+    batch_id: str
+    state: BatchState
+    lane: str
+    label: str
+    total: int
+    queued: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    expired: int
+    attempts: int
+    late_answers: int
+    usage: Usage
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    slice_size: int
+    reason: str
+
+    @property
+    def ended(self) -> int:
+        """Jobs in a terminal state."""
+        return self.succeeded + self.failed + self.cancelled + self.expired
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turns errors of redis-py into `StoreUnavailable` with a line for people."""
+    import redis
+
+    try:
+        yield
+    except redis.exceptions.OutOfMemoryError:
+        raise StoreUnavailable("Redis is out of memory: free some, or raise its maxmemory; nothing was lost") from None
+    except redis.RedisError as error:
+        raise StoreUnavailable(f"Redis does not answer ({type(error).__name__}); nothing was lost") from None
+
+
+class Store:
+    """The producers' and readers' side of the store, on a sync Redis client.
+
+    `results` reads stored results by job id; it is the same Redis unless results go elsewhere.
+    """
+
+    def __init__(self, client: redis.Redis, results: redis.Redis | None = None) -> None:
+        self.client: Any = client
+        self._results: Any = results if results is not None else client
+
+    # -- submitting
+
+    def submit(
+        self, requests: Iterable[Request], new: NewBatch, progress: Callable[[int], None] | None = None
+    ) -> tuple[str, int, bool]:
+        """Writes a batch: staged in pipelined blocks, then created in one step.
+
+        Returns `(batch id, jobs, created)`; `created` is False when a batch of the same identity and content was there.
+        Raises `Conflict` when the identity stands for another content.
+        """
+        staged = keys.staged(new.batch_id, secrets.token_hex(6))
+        with redis_errors():
+            total = 0
+            size = 0
+            pipe = self.client.pipeline(transaction=False)
+            for fields, count in encode_blocks(requests, new.slice_size):
+                total += count
+                size += sum(map(len, fields.values()))
+                pipe.hset(staged, mapping=fields)
+                if size > PIPELINE_BYTES:
+                    self._flush(pipe, staged)
+                    size = 0
+                    if progress is not None:
+                        progress(total)
+            self._flush(pipe, staged)
+            if total == 0:
+                raise MimoqError("a batch needs at least one request")
+            word, batch_id = self._create(staged, total, new)
+            if word != "created":
+                self.client.unlink(staged)
+        if word == "conflict":
+            raise Conflict(f"this idempotency key stands for batch {batch_id}, which has another content")
+        if word == "unstaged":
+            raise StoreUnavailable("the requests expired while they were being written; submit again")
+        return batch_id, total, word == "created"
+
+    def _flush(self, pipe: Any, staged: str) -> None:
+        pipe.expire(staged, STAGING_TTL_S)
+        pipe.execute()
+
+    def _create(self, staged: str, total: int, new: NewBatch) -> tuple[str, str]:
+        usage = new.answered_usage
+        fields: list[Any] = []
+        if new.max_attempts is not None:
+            fields += ["max_attempts", new.max_attempts]
+        if new.metadata:
+            fields += ["metadata", new.metadata]
+        if usage != Usage():
+            for name in Usage.__struct_fields__:
+                fields += [name, getattr(usage, name)]
+        reply = _create(
+            self.client,
+            [keys.PREFIX, staged],
+            [
+                new.batch_id,
+                new.lane,
+                new.label,
+                total,
+                new.slice_size,
+                new.identity,
+                new.content,
+                new.ttl_s,
+                "" if new.deadline_s is None else new.deadline_s,
+                new.answered,
+                new.answered.count(b"s"),
+                new.answered.count(b"f"),
+                *fields,
+            ],
+        )
+        return reply[0].decode(), reply[1].decode() if len(reply) > 1 else new.batch_id
+
+    def batch_of_identity(self, identity: str) -> str | None:
+        """The batch that a content identity stands for, if it is still kept."""
+        with redis_errors():
+            found = self.client.get(keys.identity(identity))
+            if found is None or not self.client.exists(keys.batch(found.decode())):
+                return None
+            return str(found.decode())
+
+    def forget_identity(self, identity: str) -> None:
+        """Lets the next submit of this identity begin a new batch."""
+        with redis_errors():
+            self.client.delete(keys.identity(identity))
+
+    # -- reading
+
+    def status(self, batch_id: str) -> BatchStatus:
+        """One look at a batch. Raises `NotFound`."""
+        with redis_errors():
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hgetall(keys.batch(batch_id))
+            pipe.hlen(keys.claims(batch_id))
+            raw, running = pipe.execute()
+        if not raw:
+            raise NotFound(f"there is no batch {batch_id}")
+        record = {name.decode(): value.decode() for name, value in raw.items()}
+        number = {name: int(record.get(name, 0)) for name in ("succeeded", "failed", "cancelled", "expired", "total")}
+        ended = number["succeeded"] + number["failed"] + number["cancelled"] + number["expired"]
+        return BatchStatus(
+            batch_id=batch_id,
+            state=BatchState(record["state"]),
+            lane=record["lane"],
+            label=record["label"],
+            running=running,
+            queued=number["total"] - ended - running,
+            attempts=int(record["attempts"]),
+            late_answers=int(record["late_answers"]),
+            usage=Usage(*(int(record[name]) for name in Usage.__struct_fields__)),
+            created_at=float(record["created_at"]),
+            started_at=float(record["started_at"]) if "started_at" in record else None,
+            finished_at=float(record["finished_at"]) if "finished_at" in record else None,
+            slice_size=int(record["size"]),
+            reason=record.get("reason", ""),
+            **number,
+        )
+
+    def batches(self, limit: int = 20) -> list[str]:
+        """Ids of the newest batches, newest first."""
+        with redis_errors():
+            return [found.decode() for found in self.client.zrevrange(keys.BATCHES, 0, limit - 1)]
+
+    def job_state(self, batch_id: str, index: int) -> JobState:
+        """The state of one job. Raises `NotFound`."""
+        with redis_errors():
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hmget(keys.batch(batch_id), "total", "closing")
+            pipe.getrange(keys.states(batch_id), index, index)
+            pipe.hexists(keys.claims(batch_id), str(index))
+            (total, closing), byte, claimed = pipe.execute()
+        if total is None or not 0 <= index < int(total):
+            raise NotFound(f"there is no job {job_id(batch_id, index)}")
+        if byte and byte[0] in TERMINAL:
+            return TERMINAL[byte[0]]
+        if claimed:
+            return JobState.RUNNING
+        return TERMINAL[closing[0]] if closing else JobState.QUEUED
+
+    def done(self, batch_id: str, start: int, limit: int = READ_JOBS) -> list[int]:
+        """Indexes of ended jobs in the order of their ends, from position `start` on."""
+        with redis_errors():
+            raw = self.client.getrange(keys.done(batch_id), 4 * start, 4 * (start + limit) - 1)
+        return list(struct.unpack(f"<{len(raw) // 4}I", raw))
+
+    def states(self, batch_id: str) -> bytes:
+        """A byte a job as far as any ended: NUL while not terminal, else its letter (`jobs.states.LETTERS`)."""
+        with redis_errors():
+            return bytes(self.client.get(keys.states(batch_id)) or b"")
+
+    def results(self, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
+        """Stored results of these jobs; None where there is none (not ended, or expired)."""
+        if not indexes:
+            return []
+        with redis_errors():
+            found = self._results.mget([keys.result(job_id(batch_id, index)) for index in indexes])
+        return [None if payload is None else decode_result(payload) for payload in found]
+
+    def requests(self, batch_id: str, indexes: Iterable[int], slice_size: int) -> dict[int, Request]:
+        """The requests of these jobs, by index; those that are no longer kept are missing."""
+        wanted = list(indexes)
+        numbers = sorted({index // slice_size for index in wanted})
+        found: dict[int, Request] = {}
+        with redis_errors():
+            blocks = self.client.hmget(keys.requests(batch_id), [str(n) for n in numbers]) if numbers else []
+            for number, block in zip(numbers, blocks, strict=True):
+                for offset, request in enumerate(decode_block(block) if block else []):
+                    index = number * slice_size + offset
+                    if request is not None:
+                        found[index] = request
+                    elif index in wanted:
+                        field = self.client.hget(keys.requests(batch_id), f"r{index}")
+                        if field is not None:
+                            found[index] = decode_large(field)
+        return {index: found[index] for index in wanted if index in found}
+
+    # -- changing
+
+    def cancel(self, batch_id: str) -> BatchStatus:
+        """Stops a batch at once and writes the ends of its queued jobs. Raises `NotFound`."""
+        with redis_errors():
+            if _cancel(self.client, [keys.PREFIX], [batch_id]) == b"unknown":
+                raise NotFound(f"there is no batch {batch_id}")
+            while _sweep(self.client, [keys.PREFIX], [batch_id, SCRIPT_JOBS]) > 0:
+                pass
+        return self.status(batch_id)
+
+    def requeue_failed(self, batch_id: str) -> int:
+        """Queues the failed jobs of a batch again; returns how many."""
+        again, start = 0, 0
+        with redis_errors():
+            while start >= 0:
+                count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
+                again += count
+        return again
+
+    def subscribe(self, batch_id: str) -> Any:
+        """A redis-py `PubSub` that gets a message whenever jobs of the batch end."""
+        with redis_errors():
+            pubsub = self.client.pubsub(ignore_subscribe_messages=True)
+            pubsub.subscribe(keys.channel(batch_id))
+        return pubsub

@@ -1,0 +1,81 @@
+"""The worker's Celery app: `celery -A worker.app worker -P threads -c 4 -Q mimoq.bulk`.
+
+What goes wrong: without MIMOQ_REDIS_URL the process joins the data folder's embedded Valkey. On SIGTERM Celery empties
+its pool at once, because tasks do not wait for jobs; the engine drains in `worker_shutdown`, with a deadline of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+
+from jobs import identity, logs
+from jobs.broker import make_app
+from jobs.connections import check_schema, connect
+from jobs.embedded import EmbeddedServer
+from jobs.errors import MimoqError
+from jobs.keys import LANES
+from jobs.settings import load_settings
+from worker import tasks
+from worker.thread import EngineThread
+
+log = structlog.get_logger("worker")
+
+
+def _create() -> tuple[Celery, EngineThread, EmbeddedServer | None]:
+    settings = load_settings()
+    server = None
+    if settings.redis_url is not None:
+        redis_url = settings.redis_url.get_secret_value()
+    else:
+        server = EmbeddedServer.open(settings.data_dir)
+        redis_url = server.url
+    client = connect(redis_url)
+    try:
+        check_schema(client)
+    finally:
+        client.close()
+    celery = make_app(settings, redis_url)
+    queues = {identity.queue(lane, label): lane for lane in LANES for label in ("", identity.SIMULATED)}
+    engine = EngineThread(celery, settings, redis_url, sorted(set(queues.values())))
+    tasks.register(celery, engine, queues)
+    return celery, engine, server
+
+
+@signals.setup_logging.connect(weak=False)
+def _logging(**_: Any) -> None:
+    settings = load_settings()
+    logs.configure(settings.log_level, settings.log_format)
+
+
+try:
+    app, engine, embedded = _create()
+except MimoqError as error:
+    print(f"mimoq worker: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_code) from None
+
+
+@signals.worker_init.connect(weak=False)
+def _start(**_: Any) -> None:
+    engine.start()
+
+
+@signals.worker_ready.connect(weak=False)
+def _ready(**_: Any) -> None:
+    log.info("worker_ready", worker=engine.worker_id)
+
+
+@signals.worker_shutting_down.connect(weak=False)
+def _stopping(**_: Any) -> None:
+    engine.stop_claiming()
+
+
+@signals.worker_shutdown.connect(weak=False)
+def _stop(**_: Any) -> None:
+    engine.drain()
+    log.info("worker_ended", worker=engine.worker_id)
+    if embedded is not None:
+        embedded.close()

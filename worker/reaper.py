@@ -1,0 +1,92 @@
+"""The reaper: gives back what dead workers held, and rings where ready work hears no bell.
+
+Every worker can reap, one does, by a lock in Redis. After a gap in its own rounds (Redis was paused, the machine slept)
+it takes no lease for one whole lease time, because live workers could not renew either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from jobs import keys, leases
+from jobs.broker import Bell
+from jobs.errors import StoreUnavailable
+from jobs.leases import LEASE_S
+from jobs.scripts import Script
+
+ROUND_S = 1.0
+#: Seconds the lock lasts: a dead reaper's successor comes after this.
+LOCK_S = 4.0
+#: A gap between rounds after which leases get time to be renewed.
+GAP_S = 5.0
+#: Rings put on a silent queue in one round.
+RINGS = 32
+SWEEP_JOBS = 2_000
+SWEEPS = 20
+
+_sweep = Script("sweep")
+
+log = structlog.get_logger("worker.reaper")
+
+
+class Reaper:
+    """One worker's readiness to reap."""
+
+    def __init__(self, client: Any, bell: Bell, worker_id: str) -> None:
+        self._client = client
+        self._bell = bell
+        self._id = worker_id
+        self._last = 0.0
+        self._patient_until = 0.0
+
+    async def run(self) -> None:
+        """Rounds until cancelled."""
+        while True:
+            try:
+                if await self._chosen():
+                    await self.round()
+            except (RedisError, OSError) as error:
+                log.debug("round_failed", error=type(error).__name__)
+            await asyncio.sleep(ROUND_S)
+
+    async def _chosen(self) -> bool:
+        """Whether this worker holds the reaper's lock, taken or renewed."""
+        if await self._client.set(keys.REAPER, self._id, nx=True, px=int(LOCK_S * 1000)):
+            return True
+        if await self._client.get(keys.REAPER) != self._id.encode():
+            return False
+        await self._client.pexpire(keys.REAPER, int(LOCK_S * 1000))
+        return True
+
+    async def round(self) -> None:
+        """One round: leases, due retries, deadlines, closing batches, silent queues."""
+        now = time.time()  # also counts a suspended machine, which the monotonic clock does not
+        if self._last and not 0 <= now - self._last < GAP_S:
+            self._patient_until = now + LEASE_S
+            log.info("reaper_waits_a_lease", gap_s=round(now - self._last, 1))
+        self._last = now
+        taken, woken = await leases.reap(self._client, leases=0 if now < self._patient_until else 200)
+        if taken:
+            log.warning("jobs_taken_back", jobs=taken)
+        if woken:
+            log.debug("retries_due", batches=woken)
+        for raw in await self._client.smembers(keys.CLOSING):
+            for _ in range(SWEEPS):
+                if await _sweep(self._client, [keys.PREFIX], [raw.decode(), SWEEP_JOBS]) <= 0:
+                    break
+        unheard = await leases.unheard(self._client, RINGS)
+        if unheard:
+            await asyncio.to_thread(self._ring, unheard)
+
+    def _ring(self, unheard: list[tuple[str, str, str, int]]) -> None:
+        try:
+            for lane, label, batch_id, slices in unheard:
+                if self._bell.depth(lane, label) == 0:
+                    self._bell.ring(batch_id, lane, label, slices)
+        except (StoreUnavailable, OSError) as error:
+            log.warning("broker_away", error=type(error).__name__)
