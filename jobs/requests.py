@@ -190,17 +190,18 @@ def _why(data: bytes, error: Exception) -> str:
     if isinstance(error, msgspec.ValidationError):
         return "holds a number out of range" if "out of range" in str(error) else "is not a JSON object"
     constants: list[str] = []
+    place = ""
     try:
         json.loads(text, parse_constant=constants.append)
-        well_formed = True
-    except (ValueError, RecursionError):
-        well_formed = False
+    except json.JSONDecodeError as other:
+        place = f" (character {other.pos + 1})" if other.pos < len(text) else ", it ends too early"
+    except (ValueError, RecursionError):  # its own limits, met before the fault
+        return "is not JSON"
     if constants:
         return "holds NaN or Infinity, which JSON has not"
-    if well_formed and "\\ud" in text.lower():
+    if not place and "\\ud" in text.lower():
         return _HALF_PAIR
-    where = re.search(r"\(byte (\d+)\)", str(error))
-    return f"is not JSON (byte {int(where[1]) + 1})" if where else "is not JSON, it ends too early"
+    return f"is not JSON{place}"
 
 
 def _custom_id(raw: msgspec.Raw | None) -> tuple[str | None, list[Problem]]:

@@ -46,7 +46,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     faults: dict[str, float] = {}  # kind to its share of calls
     triggers: dict[str, str] = {}  # a text in the body to the kind that such a call always meets
-    script: list[str | None] = []  # kinds that the next calls meet in turn; None is a good answer
+    script: list[str | None] = []  # of the next calls with a valid body, in turn; None is a good answer
     down: Literal["503", "refuse"] | None = None  # an outage: 503 to all, or no listening socket
     down_s: Seconds | None = None  # ends the outage by itself
     hold: bool = False  # answers wait until this is false again
@@ -54,7 +54,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if not is_loopback(self.host):
             raise ValueError("host must be a loopback address: the simulator is for this machine alone")
-        if not all(math.isfinite(v) for v in (self.latency, self.latency_p99 or 0, self.retry_after or 0)):
+        times = (self.latency, self.latency_p99, self.retry_after, self.down_s)
+        if not all(math.isfinite(seconds) for seconds in times if seconds is not None):
             raise ValueError("times must be finite")
         if self.latency_p99 is not None and not 0 < self.latency <= self.latency_p99:
             raise ValueError("latency_p99 needs a latency over 0 and must not be under it")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import InvalidRequest, UsageError
@@ -23,7 +24,7 @@ BAD = b'{"prompt":"x","temperature":1.9}'
 
 
 class Trickle(io.RawIOBase):
-    """A stream that gives at most `step` bytes a read, and remembers the most it was asked for."""
+    """A stream that gives at most `step` bytes a read."""
 
     def __init__(self, content: bytes, step: int) -> None:
         self._content = io.BytesIO(content)
@@ -75,16 +76,14 @@ def test_lines(content: bytes, expected: list[tuple[int, bytes | None]], step: i
 
 def test_a_line_over_the_limit_is_never_held() -> None:
     class Endless(io.RawIOBase):
-        """A gigabyte without a line end, made as it is read."""
+        """64 MB without a line end, made as they are read."""
 
-        left = 1 << 30
+        left = 1 << 26
 
         def read(self, size: int = -1, /) -> bytes:
             size = min(size, self.left)
             self.left -= size
             return b"x" * size
-
-    import tracemalloc
 
     tracemalloc.start()
     try:
@@ -94,6 +93,7 @@ def test_a_line_over_the_limit_is_never_held() -> None:
         tracemalloc.stop()
 
 
+@settings(deadline=None)
 @given(st.binary(), st.integers(1, 9), st.integers(1, 9))
 def test_lines_are_the_same_however_they_are_cut(content: bytes, step: int, limit: int) -> None:
     found = list(lines(Trickle(content, step), limit))  # type: ignore[arg-type]  # only read is called
@@ -106,7 +106,7 @@ def test_parse_line_takes_the_defaults() -> None:
     assert request.endpoint == MESSAGES
     assert json.loads(request.body)["model"] == "m"
     assert parse_line(GOOD, Defaults()).endpoint == CHAT
-    with pytest.raises(InvalidRequest, match="temperature: 1.9 is over 1.5"):
+    with pytest.raises(InvalidRequest, match=r"^temperature: 1\.9 is over 1\.5$"):
         parse_line(BAD, Defaults())
 
 
@@ -135,11 +135,11 @@ def test_a_file_without_a_request(content: bytes) -> None:
 
 
 def test_problems_name_their_line() -> None:
-    report = judged(GOOD + b"\n\n" + BAD + b"\nnope\n" + b"x" * (LIMIT + 1) + b"\n" + GOOD)
+    report = judged(GOOD + b"\n\n" + BAD + b"\nhello\n" + b"x" * (LIMIT + 1) + b"\n" + GOOD)
     assert (report.total, report.bad, report.ok) == (2, 3, False)
     assert report.problems == [
         "line 3: temperature: 1.9 is over 1.5",
-        "line 4: is not JSON (byte 1)",
+        "line 4: is not JSON (character 1)",
         "line 5: is longer than 10,000 bytes",
     ]
 
@@ -187,7 +187,7 @@ def test_bad_lines_are_given_with_an_id_where_they_are_skipped() -> None:
 
 
 def test_bad_lines_end_a_pass_that_does_not_skip_them() -> None:
-    with pytest.raises(UsageError, match="line 2: temperature: 1.9 is over 1.5"):
+    with pytest.raises(UsageError, match=r"^line 2: temperature: 1\.9 is over 1\.5$"):
         taken(GOOD + b"\n" + BAD)
 
 
@@ -226,23 +226,24 @@ def test_the_digest_is_of_the_content() -> None:
     assert judged(GOOD).digest != judged(GOOD + b"\n").digest
 
 
-PIECES = st.sampled_from(
-    [b'{"prompt":', b'"x"', b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\ud800", b"\\", b"\n", b"\r", b"\0", b"\xff", BOM,
-     b'"messages"', b'"body"', b'"url"', b'"method"', b'"custom_id"', b'"role"', b"NaN", b"-", b"1e999", b"0", b"null", GOOD]
-) | st.binary(max_size=4)  # fmt: skip
+WORDS = b'"messages" "body" "url" "method" "custom_id" "role" "x" NaN - 1e999 0 null'.split()
+MARKS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\ud800", b"\\", b"\n", b"\r", b"\0", b"\xff", BOM]
+PIECES = st.sampled_from([b'{"prompt":', GOOD, *WORDS, *MARKS]) | st.binary(max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(PIECES, max_size=20).map(b"".join))
 def test_no_bytes_raise_anything_but_invalid_line(content: bytes) -> None:
+    told = ""
     try:
-        request = parse_line(content, Defaults(model="m"))
+        body = parse_line(content, Defaults(model="m")).body
     except InvalidLine as error:
-        assert str(error)
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(json.loads(request.body), dict)
+        told, body = str(error), b"{}"
+    assert "\n" not in told
+    assert told or json.loads(body)["model"] == "m"
 
 
+@settings(deadline=None)
 @given(st.lists(PIECES, max_size=40).map(b"".join))
 def test_both_passes_agree(content: bytes) -> None:
     report = judged(content, limit=60)

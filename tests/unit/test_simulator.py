@@ -92,6 +92,9 @@ def join_chat(raw: bytes) -> dict[str, Any]:
 
 def join_message(raw: bytes) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    block: dict[str, Any] = {}
+    partial = ""
+    event: dict[str, Any] = {}
     for event in map(json.loads, data_of(raw)):
         match event:
             case {"type": "message_start", "message": start}:
@@ -310,7 +313,9 @@ def test_messages_have_their_own_rules(shared: RunningSimulator) -> None:
 
 
 def test_unknown_fields_and_allowed_nulls_pass(shared: RunningSimulator) -> None:
-    nulls = dict.fromkeys(("stop", "stream", "max_completion_tokens", "frequency_penalty", "presence_penalty"))
+    nulls: dict[str, Any] = dict.fromkeys(
+        ("stop", "stream", "max_completion_tokens", "frequency_penalty", "presence_penalty")
+    )
     assert ask(shared, CHAT, chat(some_new_field=[1], **nulls)).status == 200
     turns = [{"role": "assistant", "content": None, "reasoning_content": "hm"}, {"role": "user", "content": []}]
     assert ask(shared, CHAT, chat(messages=turns)).status == 200
@@ -565,14 +570,14 @@ def test_a_client_that_leaves_is_billed() -> None:
 
 
 def test_a_client_that_leaves_in_mid_answer_has_nothing_delivered() -> None:
-    with running_simulator(answer_bytes=30_000_000) as sim:
+    with running_simulator(answer_bytes=400_000, stream_events=60_000) as sim:  # far more than socket buffers take
         connection = http.client.HTTPConnection(urlsplit(sim.url).netloc, timeout=20)
         connection.request("POST", CHAT, json.dumps(chat(max_tokens=131_072, stream=True)), HEADERS)
         connection.getresponse().close()
         connection.close()
         sim.wait_until(lambda t: t.calls == 1)
         (call,) = sim.ledger()["calls"]
-        assert (call["paid"], call["status"]) == (True, 200)
+        assert (call["paid"], call["status"], call["delivered"]) == (True, 200, False)
 
 
 def test_an_outage_of_503_can_be_switched_over_http() -> None:
