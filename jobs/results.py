@@ -145,12 +145,17 @@ def one_line(raw: bytes | msgspec.Raw) -> bytes:
     return data
 
 
-def output_line(job_id: str, custom_id: str | None, stored: StoredResult) -> bytes:
-    """The line of an OpenAI batch output or error file for one ended job, with its line break."""
-    about = stored.mimoq
+def output_line(job_id: str, custom_id: str | None, stored: StoredResult | None) -> bytes:
+    """The line of an OpenAI batch output or error file for one ended job, with its line break.
+
+    `stored` is None for a job whose result is no longer kept.
+    """
+    about = stored.mimoq if stored is not None else None
     response: Any = None
     error: Any = None
-    if stored.status == "SUCCESS":
+    if stored is None:
+        error = {"code": "result_expired", "message": "The result is no longer kept: see MIMOQ_RESULT_TTL_S."}
+    elif stored.status == "SUCCESS":
         response = {
             "status_code": (about and about.status) or 200,
             "request_id": about and about.request_id,

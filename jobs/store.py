@@ -260,6 +260,16 @@ class Store:
         with redis_errors():
             return bytes(self.client.get(keys.states(batch_id)) or b"")
 
+    def states_of(self, batch_id: str, indexes: list[int]) -> list[JobState | None]:
+        """The terminal states of these jobs; None for one that has not ended."""
+        if not indexes:
+            return []
+        with redis_errors():
+            pipe = self.client.pipeline(transaction=False)
+            for index in indexes:
+                pipe.getrange(keys.states(batch_id), index, index)
+            return [TERMINAL.get(byte[0]) if byte else None for byte in pipe.execute()]
+
     def results(self, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
         """Stored results of these jobs; None where there is none (not ended, or expired)."""
         if not indexes:

@@ -51,11 +51,7 @@ def _logging(**_: Any) -> None:
     logs.configure(settings.log_level, settings.log_format)
 
 
-try:
-    app, engine, embedded = _create()
-except MimoqError as error:
-    print(f"mimoq worker: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code) from None
+app, engine, embedded = _create()
 
 
 @signals.worker_init.connect(weak=False)

@@ -198,7 +198,7 @@ class Gateway:
                     await asyncio.sleep(every_s)
                 await response.write(group)
             await response.write_eof()
-            call.delivered = request.transport is not None and not request.transport.is_closing()
+            call.delivered = True
         except ConnectionError:
             pass  # the client has gone; aiohttp ends the connection
         return response

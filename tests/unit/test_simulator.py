@@ -96,25 +96,27 @@ def join_message(raw: bytes) -> dict[str, Any]:
     partial = ""
     event: dict[str, Any] = {}
     for event in map(json.loads, data_of(raw)):
-        match event:
-            case {"type": "message_start", "message": start}:
-                out = start
-            case {"type": "content_block_start", "content_block": block}:
-                out["content"].append(block)
-                partial = ""
-            case {"type": "content_block_delta", "index": index, "delta": {"type": kind, **delta}}:
-                block = out["content"][index]
-                if kind == "input_json_delta":
+        kind = event["type"]
+        if kind == "message_start":
+            out = event["message"]
+        elif kind == "content_block_start":
+            block, partial = event["content_block"], ""
+            out["content"].append(block)
+        elif kind == "content_block_delta":
+            assert out["content"][event["index"]] is block
+            delta: dict[str, str] = event["delta"]
+            match delta.pop("type"):
+                case "input_json_delta":
                     partial += delta["partial_json"]
-                    continue
-                assert kind == f"{next(iter(delta))}_delta"
-                for field, piece in delta.items():
+                case what:
+                    ((field, piece),) = delta.items()
+                    assert what == f"{field}_delta"
                     block[field] += piece
-            case {"type": "content_block_stop"} if block["type"] == "tool_use":
-                block["input"] = json.loads(partial)
-            case {"type": "message_delta", "delta": delta, "usage": usage}:
-                out |= delta
-                out["usage"] |= usage
+        elif kind == "content_block_stop" and block["type"] == "tool_use":
+            block["input"] = json.loads(partial)
+        elif kind == "message_delta":
+            out |= event["delta"]
+            out["usage"] |= event["usage"]
     assert event == {"type": "message_stop"}
     return out
 

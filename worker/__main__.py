@@ -1,0 +1,147 @@
+"""`mimoq worker`: one Celery worker process for a lane, or a supervisor of several.
+
+What goes wrong: a worker process that dies is started again after a second, and its leases run out; five deaths in a
+minute end the supervisor with a line. SIGTERM and SIGINT are passed on, and every worker drains. A worker whose starter
+is gone, however it went, drains too: it holds the other end of its standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from types import FrameType
+
+from jobs.errors import MimoqError
+from jobs.keys import LANES
+
+#: Threads of a worker process: each holds one ring while it waits for room and claims.
+THREADS = 4
+#: Deaths of workers within `WINDOW_S` that a supervisor puts up with.
+DEATHS = 5
+WINDOW_S = 60.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs worker processes until told to stop; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mimoq worker", description="Take jobs off the queues and call the upstream.")
+    parser.add_argument("--lane", choices=LANES, help="one lane only; without it, one process for each lane")
+    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes for each lane (default 1)")
+    parser.add_argument("--exit-with-stdin", action="store_true", help="drain and end when standard input is closed")
+    args = parser.parse_args(argv)
+    lanes = [args.lane] if args.lane else list(LANES)
+    try:
+        if len(lanes) * args.processes == 1:
+            return _work(lanes[0], args.exit_with_stdin)
+        return Supervisor(lanes * args.processes, args.exit_with_stdin).run()
+    except MimoqError as error:
+        print(f"mimoq worker: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _work(lane: str, exit_with_stdin: bool) -> int:
+    """This process becomes a Celery worker of the lane."""
+    from jobs import identity
+    from jobs.processes import end_when_stdin_closes
+    from jobs.settings import load_settings
+
+    settings = load_settings()
+    upstream = identity.label(settings)
+    # Celery prints its banner and its goodbye to stdout, which carries only what was asked for.
+    os.dup2(2, 1)
+    from worker.app import app
+
+    if exit_with_stdin:
+        end_when_stdin_closes(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    name = f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}"
+    app.worker_main(
+        [
+            "--quiet",
+            "worker",
+            "--pool=threads",
+            f"--concurrency={THREADS}",
+            f"--queues={identity.queue(lane, upstream)}",
+            f"--hostname={name}",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
+    )
+    return 0
+
+
+class Supervisor:
+    """Several worker processes, kept alive until told to stop."""
+
+    def __init__(self, lanes: list[str], exit_with_stdin: bool) -> None:
+        self._lanes = lanes
+        self._exit_with_stdin = exit_with_stdin
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._deaths: deque[float] = deque()
+        self._stopping = False
+
+    def run(self) -> int:
+        """Until SIGTERM or SIGINT, or until the workers keep dying."""
+        from jobs.processes import end_when_stdin_closes
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        if self._exit_with_stdin:
+            end_when_stdin_closes(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        for place in range(len(self._lanes)):
+            self._start(place)
+        status = 0
+        while self._children:
+            time.sleep(0.1)
+            for place, child in list(self._children.items()):
+                code = child.poll()
+                if code is None:
+                    continue
+                del self._children[place]
+                if self._stopping:
+                    status = status or (1 if code else 0)
+                elif code == 2 or self._too_many():
+                    print(f"mimoq worker: a worker process ended with {code}; giving up", file=sys.stderr)
+                    status = code if code == 2 else 1
+                    self._stop(signal.SIGTERM, None)
+                else:
+                    print(f"mimoq worker: a worker process ended with {code}; starting another", file=sys.stderr)
+                    time.sleep(1)
+                    if not self._stopping:
+                        self._start(place)
+        return status
+
+    def _start(self, place: int) -> None:
+        argv = [sys.executable, "-m", "worker", "--lane", self._lanes[place], "--exit-with-stdin"]
+        # In a session of its own, so that a terminal's Ctrl-C comes once, from here.
+        self._children[place] = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
+
+    def _too_many(self) -> bool:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - WINDOW_S:
+            self._deaths.popleft()
+        return len(self._deaths) > DEATHS
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        self._stopping = True
+        for child in self._children.values():
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
