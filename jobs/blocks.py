@@ -35,7 +35,7 @@ def _entry(request: Request) -> _Entry:
 
 
 def _request(entry: _Entry) -> Request:
-    return Request(endpoint=_ENDPOINTS[entry.endpoint], body=entry.body, custom_id=entry.custom_id)
+    return Request(endpoint=_ENDPOINTS[entry.endpoint], body=bytes(entry.body), custom_id=entry.custom_id)
 
 
 def encode_blocks(requests: Iterable[Request], size: int) -> Iterator[tuple[dict[str, bytes], int]]:

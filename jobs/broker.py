@@ -40,9 +40,7 @@ def make_app(settings: Settings, redis_url: str) -> Celery:
         broker_connection_timeout=5,
         task_acks_late=True,
         task_ignore_result=True,
-        task_queues=[
-            Queue(identity.queue(lane, upstream)) for lane in LANES for upstream in ("", identity.SIMULATED)
-        ],
+        task_queues=[Queue(identity.queue(lane, upstream)) for lane in LANES for upstream in ("", identity.SIMULATED)],
         task_default_queue=identity.queue("bulk", ""),
         task_send_sent_event=False,
         worker_send_task_events=False,
@@ -88,7 +86,9 @@ class Bell:
                 for _ in range(times):
                     self._app.send_task(RING, (batch_id,), queue=name, producer=producer, ignore_result=True)
         except (OperationalError, OSError) as error:
-            raise StoreUnavailable(f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL") from None
+            raise StoreUnavailable(
+                f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL"
+            ) from None
 
     def depth(self, lane: str, upstream: str) -> int:
         """Rings waiting on the lane's queue; an unknown queue has none."""

@@ -177,6 +177,10 @@ def output_line(job_id: str, custom_id: str | None, stored: StoredResult | None)
         error = {"code": f"batch_{why}", "message": f"This request was not executed because the batch was {why}."}
         if why == "expired":
             error["message"] = "This request could not be executed before the batch expired."
-    return (
-        _encode({"id": f"batch_req_{job_id}", "custom_id": custom_id, "response": response, "error": error}) + b"\n"
-    )
+    return _encode({"id": f"batch_req_{job_id}", "custom_id": custom_id, "response": response, "error": error}) + b"\n"
+
+
+def error_line(row_id: str, custom_id: str | None, code: str, message: str) -> bytes:
+    """A line of an error file for something that was never a job, with its line break."""
+    error = {"code": code, "message": message}
+    return _encode({"id": f"batch_req_{row_id}", "custom_id": custom_id, "response": None, "error": error}) + b"\n"

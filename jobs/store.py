@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class Store:
         Raises `Conflict` when the identity stands for another content.
         """
         staged = keys.staged(new.batch_id, secrets.token_hex(6))
-        with redis_errors():
+        with redis_errors(), self._unstaging(staged):
             total = 0
             size = 0
             pipe = self.client.pipeline(transaction=False)
@@ -140,13 +140,22 @@ class Store:
             if total == 0:
                 raise MimoqError("a batch needs at least one request")
             word, batch_id = self._create(staged, total, new)
-            if word != "created":
-                self.client.unlink(staged)
         if word == "conflict":
             raise Conflict(f"this idempotency key stands for batch {batch_id}, which has another content")
         if word == "unstaged":
             raise StoreUnavailable("the requests expired while they were being written; submit again")
         return batch_id, total, word == "created"
+
+    @contextmanager
+    def _unstaging(self, staged: str) -> Iterator[None]:
+        """Frees at the end what was staged and is no batch's, at once where Redis can be asked: it may be out of memory."""
+        import redis
+
+        try:
+            yield
+        finally:
+            with suppress(redis.RedisError):
+                self.client.unlink(staged)
 
     def _flush(self, pipe: Any, staged: str) -> None:
         pipe.expire(staged, STAGING_TTL_S)
@@ -228,10 +237,17 @@ class Store:
             **number,
         )
 
-    def batches(self, limit: int = 20) -> list[str]:
-        """Ids of the newest batches, newest first."""
+    def kept_batches(self, limit: int = 20) -> list[str]:
+        """Ids of the newest batches that are still kept, newest first; forgets those that are not."""
         with redis_errors():
-            return [found.decode() for found in self.client.zrevrange(keys.BATCHES, 0, limit - 1)]
+            found = [name.decode() for name in self.client.zrevrange(keys.BATCHES, 0, limit - 1)]
+            pipe = self.client.pipeline(transaction=False)
+            for batch_id in found:
+                pipe.exists(keys.batch(batch_id))
+            kept = [batch_id for batch_id, exists in zip(found, pipe.execute(), strict=True) if exists]
+            if gone := set(found) - set(kept):
+                self.client.zrem(keys.BATCHES, *gone)
+        return kept
 
     def job_state(self, batch_id: str, index: int) -> JobState:
         """The state of one job. Raises `NotFound`."""
@@ -280,7 +296,7 @@ class Store:
 
     def requests(self, batch_id: str, indexes: Iterable[int], slice_size: int) -> dict[int, Request]:
         """The requests of these jobs, by index; those that are no longer kept are missing."""
-        wanted = list(indexes)
+        wanted = dict.fromkeys(indexes)
         numbers = sorted({index // slice_size for index in wanted})
         found: dict[int, Request] = {}
         with redis_errors():
@@ -306,6 +322,11 @@ class Store:
             while _sweep(self.client, [keys.PREFIX], [batch_id, SCRIPT_JOBS]) > 0:
                 pass
         return self.status(batch_id)
+
+    def set_max_attempts(self, batch_id: str, max_attempts: int) -> None:
+        """Changes how often the jobs of a batch are called at most; holds for slices claimed from now on."""
+        with redis_errors():
+            self.client.hset(keys.batch(batch_id), "max_attempts", max_attempts)
 
     def requeue_failed(self, batch_id: str) -> int:
         """Queues the failed jobs of a batch again; returns how many."""

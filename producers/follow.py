@@ -112,4 +112,3 @@ def mark(bits: bytearray, index: int) -> None:
     if place >= len(bits):
         bits.extend(bytes(place + 1 - len(bits)))
     bits[place] |= 1 << (index & 7)
-

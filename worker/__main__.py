@@ -34,11 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lane", choices=LANES, help="one lane only; without it, one process for each lane")
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes for each lane (default 1)")
     parser.add_argument("--exit-with-stdin", action="store_true", help="drain and end when standard input is closed")
+    parser.add_argument("--start-on-stdin", action="store_true", help="get ready, but begin at the first byte there")
     args = parser.parse_args(argv)
     lanes = [args.lane] if args.lane else list(LANES)
     try:
         if len(lanes) * args.processes == 1:
-            return _work(lanes[0], args.exit_with_stdin)
+            return _work(lanes[0], args.exit_with_stdin, args.start_on_stdin)
         return Supervisor(lanes * args.processes, args.exit_with_stdin).run()
     except MimoqError as error:
         print(f"mimoq worker: {error}", file=sys.stderr)
@@ -52,7 +53,7 @@ def _count(text: str) -> int:
     return number
 
 
-def _work(lane: str, exit_with_stdin: bool) -> int:
+def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
     """This process becomes a Celery worker of the lane."""
     from jobs import identity
     from jobs.processes import end_when_stdin_closes
@@ -64,6 +65,8 @@ def _work(lane: str, exit_with_stdin: bool) -> int:
     os.dup2(2, 1)
     from worker.app import app
 
+    if start_on_stdin and not os.read(0, 1):
+        return 0  # whoever started us has changed its mind
     if exit_with_stdin:
         end_when_stdin_closes(lambda: os.kill(os.getpid(), signal.SIGTERM))
     name = f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}"
@@ -125,7 +128,7 @@ class Supervisor:
         return status
 
     def _start(self, place: int) -> None:
-        argv = [sys.executable, "-m", "worker", "--lane", self._lanes[place], "--exit-with-stdin"]
+        argv = [sys.executable, "-P", "-m", "worker", "--lane", self._lanes[place], "--exit-with-stdin"]
         # In a session of its own, so that a terminal's Ctrl-C comes once, from here.
         self._children[place] = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
 

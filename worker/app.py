@@ -6,7 +6,6 @@ its pool at once, because tasks do not wait for jobs; the engine drains in `work
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import structlog
@@ -16,7 +15,6 @@ from jobs import identity, logs
 from jobs.broker import make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
-from jobs.errors import MimoqError
 from jobs.keys import LANES
 from jobs.settings import load_settings
 from worker import tasks

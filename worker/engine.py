@@ -64,12 +64,15 @@ class Line:
         self.waiting: deque[Run] = deque()
         self.wake = asyncio.Event()
         self.shut_until = 0.0
+        self.bound = ""  # what holds it back, for people: a limit, a gate and its reason, or nothing
 
 
 class Engine:
     """Holds jobs and makes their calls, within one event loop; every method but `__init__` runs in it."""
 
-    def __init__(self, settings: Settings, client: Any, results: Any | None, upstream: Upstream, worker_id: str) -> None:
+    def __init__(
+        self, settings: Settings, client: Any, results: Any | None, upstream: Upstream, worker_id: str
+    ) -> None:
         self.settings = settings
         self.client = client
         self.upstream = upstream
@@ -179,6 +182,11 @@ class Engine:
         line.waiting.append(run)
         line.wake.set()
 
+    @property
+    def bounds(self) -> list[str]:
+        """What holds the lines back at present."""
+        return sorted({line.bound for line in self._lines.values() if (line.bound and line.waiting) or line.shut_until})
+
     # -- starting calls
 
     async def _dispatch(self, line: Line) -> None:
@@ -204,6 +212,7 @@ class Engine:
             line.waiting.extendleft(reversed(candidates[granted:]))
             for run, (reservation, delay_s) in zip(candidates, grant.reservations, strict=False):
                 self._start(run, reservation, delay_s)
+            line.bound = grant.bound + (f" ({grant.detail})" if grant.detail else "")
             self._see_gates(line, grant)
             if granted:
                 self._starts.append((time.monotonic(), granted))

@@ -79,6 +79,7 @@ class Heartbeat:
                 "account": engine.account,
                 "in_flight": len(engine.flying),
                 "held": sum(map(len, engine.held.values())),
+                "bounds": engine.bounds,
                 "stopping": engine.stopping,
                 "started_at": self._started,
             }

@@ -41,6 +41,7 @@ class Reaper:
         self._client = client
         self._bell = bell
         self._id = worker_id
+        self.ringing: asyncio.Task[None] | None = None
         self._last = 0.0
         self._patient_until = 0.0
 
@@ -48,29 +49,45 @@ class Reaper:
         """Rounds until cancelled."""
         while True:
             try:
-                if await self._chosen():
-                    await self.round()
+                await self.turn()
             except (RedisError, OSError) as error:
                 log.debug("round_failed", error=type(error).__name__)
             await asyncio.sleep(ROUND_S)
 
-    async def _chosen(self) -> bool:
-        """Whether this worker holds the reaper's lock, taken or renewed."""
-        if await self._client.set(keys.REAPER, self._id, nx=True, px=int(LOCK_S * 1000)):
-            return True
-        if await self._client.get(keys.REAPER) != self._id.encode():
-            return False
-        await self._client.pexpire(keys.REAPER, int(LOCK_S * 1000))
-        return True
+    async def turn(self) -> bool:
+        """A round, if this worker is the one that reaps; returns whether it is."""
+        chosen = await self._chosen()
+        self._notice_gap()
+        if chosen:
+            await self.round()
+        return chosen
 
-    async def round(self) -> None:
-        """One round: leases, due retries, deadlines, closing batches, silent queues."""
+    def _notice_gap(self) -> None:
+        """Redis has just answered. Was it, or were we, away so long that live workers may have lost their leases?
+
+        Every worker keeps watch, since any may be the first to get the lock after an outage. One that has just started
+        can't know, and leaves the others time for a heartbeat.
+        """
         now = time.time()  # also counts a suspended machine, which the monotonic clock does not
-        if self._last and not 0 <= now - self._last < GAP_S:
+        if not self._last:
+            self._patient_until = now + GAP_S
+        elif not 0 <= now - self._last < GAP_S:
             self._patient_until = now + LEASE_S
             log.info("reaper_waits_a_lease", gap_s=round(now - self._last, 1))
         self._last = now
-        taken, woken = await leases.reap(self._client, leases=0 if now < self._patient_until else 200)
+
+    async def _chosen(self) -> bool:
+        """Whether this worker holds the reaper's lock, taken or renewed."""
+        holder = await self._client.get(keys.REAPER)
+        if holder is None:
+            return bool(await self._client.set(keys.REAPER, self._id, nx=True, px=int(LOCK_S * 1000)))
+        # Renewed by a command that also a Redis out of memory obeys.
+        return holder == self._id.encode() and bool(await self._client.pexpire(keys.REAPER, int(LOCK_S * 1000)))
+
+    async def round(self) -> None:
+        """One round: leases, due retries, deadlines, closing batches, silent queues."""
+        patient = time.time() < self._patient_until
+        taken, woken = await leases.reap(self._client, leases=0 if patient else 200)
         if taken:
             log.warning("jobs_taken_back", jobs=taken)
         if woken:
@@ -79,14 +96,16 @@ class Reaper:
             for _ in range(SWEEPS):
                 if await _sweep(self._client, [keys.PREFIX], [raw.decode(), SWEEP_JOBS]) <= 0:
                     break
-        unheard = await leases.unheard(self._client, RINGS)
-        if unheard:
-            await asyncio.to_thread(self._ring, unheard)
+        # Beside the rounds: a broker that does not answer must not keep dead workers' jobs from being given back.
+        if self.ringing is None or self.ringing.done():
+            unheard = await leases.unheard(self._client, RINGS)
+            if unheard:
+                self.ringing = asyncio.create_task(asyncio.to_thread(self._ring, unheard))
 
     def _ring(self, unheard: list[tuple[str, str, str, int]]) -> None:
         try:
             for lane, label, batch_id, slices in unheard:
                 if self._bell.depth(lane, label) == 0:
                     self._bell.ring(batch_id, lane, label, slices)
-        except (StoreUnavailable, OSError) as error:
+        except (StoreUnavailable, RedisError, OSError) as error:
             log.warning("broker_away", error=type(error).__name__)

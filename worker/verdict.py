@@ -59,8 +59,11 @@ class _Seen(NamedTuple):
     answer: Answer
     policy: Policy
 
-    def has(self, fault: str) -> bool:
+    def bad(self, fault: str) -> bool:
         return fault in self.policy.bad_answers
+
+    def ended(self, reasons: frozenset[str]) -> bool:
+        return not reasons.isdisjoint(self.answer.finish)
 
     @property
     def text(self) -> bytes:
@@ -68,7 +71,7 @@ class _Seen(NamedTuple):
         return (error.text.encode(errors="replace") if error else self.outcome.body or b"").lower()
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     seen: str
     fits: Callable[[_Seen], bool]
     kind: Kind
@@ -89,64 +92,78 @@ def _if_sent(seen: _Seen) -> bool:
     return seen.outcome.sent
 
 
-def _inside_2xx(seen: _Seen) -> bool:
-    """An error object inside a 2xx response: work had begun, so it may be on the bill."""
-    return seen.outcome.status is not None and seen.outcome.status < 300
+def _if_inside(seen: _Seen) -> bool:
+    """The error came inside a 2xx response: work had begun, so it may be on the bill."""
+    return 200 <= (seen.outcome.status or 0) < 300
 
 
-def _gateway_timeout(seen: _Seen) -> bool:
+def _if_late(seen: _Seen) -> bool:
     """A gateway gave up waiting, the model behind it perhaps did not. Other 5xx are taken as not charged."""
-    return seen.status in (504, 524) or _inside_2xx(seen)
+    return seen.status in (504, 524) or _if_inside(seen)
+
+
+def _too_large(seen: _Seen) -> bool:
+    return seen.outcome.error == "too_large"
+
+
+def _broken(seen: _Seen) -> bool:
+    return seen.outcome.error is not None
+
+
+def _answered(seen: _Seen) -> bool:
+    return seen.answer.well_formed
+
+
+def _filtered(seen: _Seen) -> bool:
+    return _answered(seen) and not seen.answer.has_content and seen.ended(seen.policy.filtered_finish)
+
+
+def _degenerate(seen: _Seen) -> bool:
+    return _answered(seen) and seen.bad("degenerate_answer") and seen.ended(seen.policy.degenerate_finish)
+
+
+def _empty(seen: _Seen) -> bool:
+    return _answered(seen) and seen.bad("empty_answer") and not seen.answer.has_content
 
 
 def _backend_refusal(seen: _Seen) -> bool:
     return seen.status == 400 and (b"connection refused" in seen.text or b"finishconnect" in seen.text)
 
 
-def _filtered(seen: _Seen) -> bool:
-    answer = seen.answer
-    return answer.well_formed and not answer.has_content and not seen.policy.filtered_finish.isdisjoint(answer.finish)
+def _added(seen: _Seen) -> bool:
+    return seen.status in seen.policy.extra_retryable
 
 
-def _degenerate(seen: _Seen) -> bool:
-    answer = seen.answer
-    return (
-        answer.well_formed
-        and seen.has("degenerate_answer")
-        and not seen.policy.degenerate_finish.isdisjoint(answer.finish)
-    )
+def _status(first: int, last: int | None = None) -> Callable[[_Seen], bool]:
+    return lambda seen: first <= seen.status <= (last or first)
 
 
-def _empty(seen: _Seen) -> bool:
-    return seen.answer.well_formed and not seen.answer.has_content and seen.has("empty_answer")
-
-
-# fmt: off
-_TABLE = (
-    # No whole response.
-    _Row("an answer over 32 MB",                lambda s: s.outcome.error == "too_large",   Kind.FAILED,    "{error}",           _if_sent),
-    _Row("connect errors, timeouts, a cut",     lambda s: s.outcome.error is not None,      Kind.RETRY,     "{error}",           _if_sent),
-    # A whole response, 2xx.
-    _Row("only a refusal to answer",            _filtered,                                  Kind.FAILED,    "content_filter",    _always),
-    _Row("the model repeats itself",            _degenerate,                                Kind.RETRY,     "degenerate_answer", _always),
-    _Row("thinking only, or nothing",           _empty,                                     Kind.RETRY,     "empty_answer",      _always),
-    _Row("200, well-formed",                    lambda s: s.answer.well_formed,             Kind.SUCCEEDED, "succeeded",         _never),
-    _Row("2xx, truncated or not an answer",     lambda s: 200 <= s.status < 300,            Kind.RETRY,     "invalid_response",  _always),
-    _Row("2xx, an error object without status", lambda s: s.status == 0,                    Kind.RETRY,     "upstream_error",    _always),
-    # An error: of the response, or inside a 2xx one.
-    _Row("429",                                 lambda s: s.status == 429,                  Kind.REFUSED,   "rate_limited",      _inside_2xx),
-    _Row("what the settings add",               lambda s: s.status in s.policy.extra_retryable, Kind.RETRY, "http_{status}",     _gateway_timeout),
-    _Row("401",                                 lambda s: s.status == 401,                  Kind.GATE,      "key_refused",       _inside_2xx),
-    _Row("402",                                 lambda s: s.status == 402,                  Kind.GATE,      "payment_required",  _inside_2xx),
-    _Row("403",                                 lambda s: s.status == 403,                  Kind.GATE,      "forbidden",         _inside_2xx),
-    _Row("400, a backend refusal by its text",  _backend_refusal,                           Kind.RETRY,     "backend_refused",   _inside_2xx),
-    _Row("408, 409, 425, 5xx",                  lambda s: s.status in (408, 409, 425) or s.status >= 500,
-                                                                                            Kind.RETRY,     "http_{status}",     _gateway_timeout),
-    _Row("421",                                 lambda s: s.status == 421,                  Kind.FAILED,    "content_filter",    _inside_2xx),
-    _Row("any other status; 3xx is not followed: the key would go elsewhere",
-                                                _always,                                    Kind.FAILED,    "http_{status}",     _inside_2xx),
+TABLE = (
+    # No whole response came.
+    Row("an answer over 32 MB", _too_large, Kind.FAILED, "{error}", _if_sent),
+    Row("connect errors, timeouts, a cut; a stream of nonsense", _broken, Kind.RETRY, "{error}", _if_sent),
+    # A whole one, 2xx.
+    Row("nothing but a refusal to answer", _filtered, Kind.FAILED, "content_filter", _always),
+    Row("finish_reason: repetition_truncation", _degenerate, Kind.RETRY, "degenerate_answer", _always),
+    Row("only thinking, or nothing at all", _empty, Kind.RETRY, "empty_answer", _always),
+    Row("200, well-formed", _answered, Kind.SUCCEEDED, "succeeded", _never),
+    Row("2xx, but truncated, not JSON or no answer", _status(200, 299), Kind.RETRY, "invalid_response", _always),
+    Row("2xx with an error object that names no status", _status(0), Kind.RETRY, "upstream_error", _always),
+    # An error: the status of the response, or of the error object inside a 2xx one.
+    Row("429", _status(429), Kind.REFUSED, "rate_limited", _if_inside),
+    Row("what the policy adds", _added, Kind.RETRY, "http_{status}", _if_late),
+    Row("401", _status(401), Kind.GATE, "key_refused", _if_inside),
+    Row("402", _status(402), Kind.GATE, "payment_required", _if_inside),
+    Row("403", _status(403), Kind.GATE, "forbidden", _if_inside),
+    Row("400, a backend refusal by its text", _backend_refusal, Kind.RETRY, "backend_refused", _if_inside),
+    Row("408", _status(408), Kind.RETRY, "http_{status}", _if_inside),
+    Row("409", _status(409), Kind.RETRY, "http_{status}", _if_inside),
+    Row("425", _status(425), Kind.RETRY, "http_{status}", _if_inside),
+    Row("5xx", _status(500, 599), Kind.RETRY, "http_{status}", _if_late),
+    Row("421", _status(421), Kind.FAILED, "content_filter", _if_inside),
+    # The rest. A redirect (3xx) is not followed: the key would go elsewhere.
+    Row("any other status", _always, Kind.FAILED, "http_{status}", _if_inside),
 )
-# fmt: on
 
 _SUCCEEDED = Verdict(Kind.SUCCEEDED, "succeeded")
 _NO_ANSWER = Answer()
@@ -162,7 +179,7 @@ def classify(outcome: Outcome, endpoint: str, policy: Policy = DEFAULT) -> Verdi
         if answer.error is not None:
             status = answer.error.status or 0
     seen = _Seen(outcome, status, answer or _NO_ANSWER, policy)
-    row = next(row for row in _TABLE if row.fits(seen))
+    row = next(row for row in TABLE if row.fits(seen))
     if row.kind is Kind.SUCCEEDED:
         return _SUCCEEDED
     return Verdict(row.kind, row.code.format(error=outcome.error, status=status), row.maybe_billed(seen))

@@ -26,11 +26,13 @@ local function ended(batch, index)
   return byte ~= '' and byte ~= '\0'
 end
 
--- The batch has ready work: it joins its lane at the lane's present virtual time, unless it is there already.
+-- The batch has ready work: it joins its lane at the lane's present virtual time, unless it is there already. That is
+-- the time of whoever is next for the same upstream; another upstream's workers may be far ahead or behind.
 local function wake(batch)
   local lane = redis.call('HMGET', record(batch), 'lane', 'label')
-  local turn = redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
   local name = lane[1] .. ':' .. lane[2]
+  local head = redis.call('ZRANGE', prefix .. 'lane:' .. name, 0, 0, 'WITHSCORES')
+  local turn = head[2] or redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
   redis.call('SADD', prefix .. 'lanes', name)
   redis.call('ZADD', prefix .. 'lane:' .. name, 'NX', turn, batch)
 end
@@ -61,7 +63,9 @@ local function close_if_over(batch)
   local ttl = tonumber(n[7])
   redis.call('EXPIRE', b, ttl)
   for _, part in ipairs({'requests', 'states', 'done'}) do redis.call('EXPIRE', of(batch, part), ttl) end
-  if lane[3] ~= '' then redis.call('EXPIRE', prefix .. 'identity:' .. lane[3], ttl) end
+  -- The identity may stand for a newer batch by now, whose hold on it must not end with this one.
+  local identity = prefix .. 'identity:' .. lane[3]
+  if redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end
   return true
 end
 

@@ -17,16 +17,16 @@
 --!include common.lua
 
 local id = ARGV[1]
-if ARGV[6] ~= '' then
-  local identity = prefix .. 'identity:' .. ARGV[6]
-  local before = redis.call('GET', identity)
-  if before and redis.call('EXISTS', record(before)) == 1 then
-    if redis.call('HGET', record(before), 'content') == ARGV[7] then return {'exists', before} end
-    return {'conflict', before}
+local identity = ARGV[6] ~= '' and prefix .. 'identity:' .. ARGV[6]
+-- A batch of this very id is this submit, made again by somebody who does not know whether it arrived.
+for _, before in ipairs({id, identity and redis.call('GET', identity) or nil}) do
+  if redis.call('EXISTS', record(before)) == 1 then
+    return {redis.call('HGET', record(before), 'content') == ARGV[7] and 'exists' or 'conflict', before}
   end
-  redis.call('SET', identity, id)
 end
-if redis.call('EXISTS', KEYS[2]) == 0 then return {'unstaged'} end
+-- Requests that expired half-way and were written on lack their first block.
+if redis.call('HEXISTS', KEYS[2], '0') == 0 then return {'unstaged'} end
+if identity then redis.call('SET', identity, id) end
 redis.call('RENAME', KEYS[2], of(id, 'requests'))
 redis.call('PERSIST', of(id, 'requests'))
 local at = stamp(now())

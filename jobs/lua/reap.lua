@@ -22,6 +22,7 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
     end
     make_ready(lease[1], ready, tonumber(lease[3]) + 1)
     close_if_over(lease[1])
+    redis.call('PUBLISH', of(lease[1], 'events'), 0)
   end
   redis.call('DEL', prefix .. 'lease:' .. token)
   redis.call('ZREM', prefix .. 'leases', token)

@@ -39,7 +39,9 @@ if again > 0 then
     redis.call('ZADD', prefix .. 'open', redis.call('HGET', record(batch), 'created_at'), batch)
     redis.call('PERSIST', record(batch))
     local identity = redis.call('HGET', record(batch), 'identity')
-    if identity ~= '' then redis.call('PERSIST', prefix .. 'identity:' .. identity) end
+    if redis.call('GET', prefix .. 'identity:' .. identity) == batch then
+      redis.call('PERSIST', prefix .. 'identity:' .. identity)
+    end
     for _, part in ipairs({'requests', 'states', 'done'}) do redis.call('PERSIST', of(batch, part)) end
   end
   wake(batch)

@@ -24,9 +24,6 @@ local candidates = #ARGV - 6
 if gate[1] then
   local until_ = tonumber(gate[1])
   if now < until_ then return {{}, math.ceil((until_ - now) * 1000), 'gate', gate[3]} end
-  -- The probe: one call goes; the next only after a step, which doubles.
-  redis.call('HSET', KEYS[3], 'until', string.format('%.6f', now + tonumber(gate[2])),
-    'step_s', math.min(tonumber(gate[2]) * 2, 60))
   candidates = math.min(candidates, 1)
 end
 
@@ -81,6 +78,11 @@ for i = 1, candidates do
   redis.call('ZADD', KEYS[2], string.format('%.6f', now + tonumber(ARGV[5])), ARGV[6] .. '.' .. i)
 end
 
+if gate[1] and #delays > 0 then
+  -- The probe: one call goes; the next only after a step, which doubles.
+  redis.call('HSET', KEYS[3], 'until', string.format('%.6f', now + tonumber(gate[2])),
+    'step_s', math.min(tonumber(gate[2]) * 2, 60))
+end
 local level = {'at', string.format('%.6f', now)}
 if ARGV[1] ~= '' then level[#level + 1] = 'r'; level[#level + 1] = string.format('%.6f', requests) end
 if ARGV[2] ~= '' then level[#level + 1] = 't'; level[#level + 1] = string.format('%.6f', tokens) end

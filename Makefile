@@ -1,0 +1,47 @@
+# Two commands need nothing but Python 3.11+, make and git: `make demo` and `make test`.
+# Works with GNU make 3.81 (macOS) and newer.
+
+BIN := .venv/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lock docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+
+setup: ## make .venv from requirements.lock; PYTHON=... chooses the interpreter
+	@sh ops/setup.sh
+
+demo: setup ## run the example prompts against the simulator and show the answers
+	@echo "mimoq run examples/prompts.jsonl --simulate"
+	@$(BIN)/mimoq run examples/prompts.jsonl -o examples/prompts.out.jsonl --simulate --fresh --overwrite
+	@$(BIN)/python examples/show.py examples/prompts.out.jsonl
+
+test: setup ## run all tests and measure their coverage
+	@$(BIN)/pytest -q --cov --cov-report=term:skip-covered
+
+check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests
+	@echo "format" && $(BIN)/ruff format --quiet --check . || { echo "run: make format" >&2; exit 1; }
+	@echo "lint" && $(BIN)/ruff check --quiet .
+	@echo "types" && $(BIN)/mypy --no-error-summary
+	@echo "import rule" && $(BIN)/lint-imports --no-cache >.venv/imports.log || { cat .venv/imports.log; exit 1; }
+	@echo "documents" && $(BIN)/python -m ops.docs --check
+	@echo "tests"
+	@$(MAKE) --no-print-directory test
+
+format: setup ## format the code and mend what the linter can
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+docs: setup ## make the documents that are made from the code
+	@$(BIN)/python -m ops.docs
+
+lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
+	@command -v uv >/dev/null || { echo "lock: needs uv on PATH" >&2; exit 1; }
+	@uv pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header --quiet \
+		--upgrade --group dev pyproject.toml -o requirements.lock
+
+clean: ## remove .venv, caches and the demo's output; the data folder .mimoq stays
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* dist
+	@rm -f examples/*.out.jsonl examples/*.errors.jsonl
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Makes the documents that follow from the code: `python -m ops.docs`; with `--check`, fails where one is out of date.
+
+`docs/settings.md` and `.env.example` come from the fields of `jobs.settings.Settings`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.settings import PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SETTINGS_HEAD = """\
+# Settings
+
+Made from `jobs/settings.py` by `python -m ops.docs`: change it there.
+
+A value comes, first match wins, from the command line, from the environment, from a file `.env` in the working directory,
+or from the defaults here. An empty variable counts as unset. `mimoq config` prints the values in effect, secrets masked,
+with where each came from. Times are seconds.
+
+| variable | value | default | meaning |
+|---|---|---|---|
+"""
+
+ENV_HEAD = """\
+# Every setting of mimoq. Copy this file to .env and take the # from what you set.
+# Made from jobs/settings.py by `python -m ops.docs`: change it there.
+"""
+
+
+def documents() -> dict[str, str]:
+    """What each made document must hold, by its path in the checkout."""
+    return {"docs/settings.md": settings_page(), ".env.example": env_example()}
+
+
+def settings_page() -> str:
+    """The reference of all settings."""
+    rows = []
+    for variable, schema in _settings():
+        default = f"`{_text(schema['default'])}`" if schema["default"] is not None else "unset"
+        cells = (f"`{variable}`", _value(schema), default, schema["description"])
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return SETTINGS_HEAD + "".join(rows)
+
+
+def env_example() -> str:
+    """A `.env` in which nothing is set."""
+    parts = [ENV_HEAD]
+    for variable, schema in _settings():
+        comment = textwrap.fill(schema["description"], 118, initial_indent="# ", subsequent_indent="# ")
+        default = "" if schema["default"] is None else _text(schema["default"])
+        parts.append(f"{comment}\n#{variable}={default}\n")
+    return "\n".join(parts)
+
+
+def _settings() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each variable with its field's JSON schema."""
+    for name, schema in Settings.model_json_schema()["properties"].items():
+        yield PREFIX + name.upper(), schema
+
+
+def _value(schema: dict[str, Any]) -> str:
+    """What may be given, in words."""
+    (kind,) = (kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null")
+    if "enum" in kind:
+        return ", ".join(f"`{choice}`" for choice in kind["enum"])
+    if kind.get("format") in ("password", "path"):
+        return "secret" if kind["format"] == "password" else "path"
+    words = {"string": "text", "boolean": "`true`, `false`", "integer": "integer", "number": "number"}[kind["type"]]
+    bounds = {"minimum": "from", "exclusiveMinimum": "over", "maximum": "to"}
+    return " ".join([words, *(f"{word} {_text(kind[bound])}" for bound, word in bounds.items() if bound in kind)])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str]) -> int:
+    """Writes the documents, or with `--check` names those that are out of date; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.docs", description="Make the documents that follow from the code."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when one is out of date")
+    check = parser.parse_args(argv).check
+    stale = 0
+    for name, text in documents().items():
+        path = ROOT / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if check:
+            stale += 1
+            print(f"{name} is out of date; run: make docs", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
