@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
+from jobs.errors import StoreUnavailable
 from jobs.results import StoredResult, output_line
 from jobs.states import BatchState, JobState, job_id
 from jobs.store import READ_JOBS, Store, redis_errors
@@ -50,24 +54,16 @@ class Follower:
         indexes = self._store.done(self.batch_id, self._position, limit)
         if not indexes:
             return None
-        fresh = []
-        for index in indexes:
-            if not self._marked(index):
-                self._mark(index)
-                fresh.append(index)
+        # A job that ended, was queued again and ended again stands there twice, perhaps in one block.
+        fresh = [index for index in dict.fromkeys(indexes) if not self._marked(index)]
         states = self._store.states_of(self.batch_id, fresh)
-        ended = []
-        for index, state in zip(fresh, states, strict=True):
-            if state is None:  # queued again since; its next end comes later
-                self._unmark(index)
-            else:
-                ended.append((index, state))
+        # One without a state is queued again; its next end comes later.
+        ended = [(index, state) for index, state in zip(fresh, states, strict=True) if state is not None]
         found = self._store.results(self.batch_id, [index for index, _ in ended])
         nameless = [
             index for (index, _), stored in zip(ended, found, strict=True) if stored is None or stored.mimoq is None
         ]
         requests = self._store.requests(self.batch_id, nameless, self.slice_size) if nameless else {}
-        self._position += len(indexes)
         rows = []
         for (index, state), stored in zip(ended, found, strict=True):
             if stored is not None and stored.mimoq is not None:
@@ -75,6 +71,10 @@ class Follower:
             else:
                 custom_id = requests[index].custom_id if index in requests else None
             rows.append(Ended(self.batch_id, index, state, custom_id, stored))
+        # Only now, so that a store that went away in between is asked for the same again.
+        self._position += len(indexes)
+        for index, _ in ended:
+            mark(self._seen, index)
         return rows
 
     def all_ready(self) -> Iterator[Ended]:
@@ -84,26 +84,51 @@ class Follower:
 
     def follow(self) -> Iterator[Ended]:
         """Every end, until the batch is finished."""
-        with redis_errors():
-            pubsub = self._store.subscribe(self.batch_id)
-            try:
-                while True:
-                    finished = self._store.status(self.batch_id).state is BatchState.FINISHED
-                    yield from self.all_ready()
-                    if finished:
-                        return
-                    pubsub.get_message(timeout=LOOK_S)
-            finally:
-                pubsub.close()
+        with Listener(self._store, self.batch_id) as listener:
+            while True:
+                finished = self._store.status(self.batch_id).state is BatchState.FINISHED
+                yield from self.all_ready()
+                if finished:
+                    return
+                listener.wait(LOOK_S)
 
     def _marked(self, index: int) -> bool:
         return index >> 3 < len(self._seen) and bool(self._seen[index >> 3] >> (index & 7) & 1)
 
-    def _mark(self, index: int) -> None:
-        mark(self._seen, index)
 
-    def _unmark(self, index: int) -> None:
-        self._seen[index >> 3] &= ~(1 << (index & 7)) & 0xFF
+class Listener:
+    """Waits for messages of a batch; a hint when to look, never the truth, so a lost connection only costs time."""
+
+    def __init__(self, store: Store, batch_id: str) -> None:
+        self._store = store
+        self._batch_id = batch_id
+        self._pubsub: Any = None
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns at the next message, after `timeout_s`, or sooner."""
+        end = time.monotonic() + timeout_s
+        try:
+            if self._pubsub is None:
+                self._pubsub = self._store.subscribe(self._batch_id)
+            with redis_errors():
+                self._pubsub.get_message(timeout=timeout_s)
+        except StoreUnavailable:
+            self.close()
+            time.sleep(max(0.0, end - time.monotonic()))
+
+    def close(self) -> None:
+        """Gives the connection back."""
+        if self._pubsub is not None:
+            pubsub, self._pubsub = self._pubsub, None
+            pubsub.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def mark(bits: bytearray, index: int) -> None:

@@ -31,9 +31,9 @@ from jobs.requests import Request, make_request
 from jobs.results import Attempt, Failure, Usage
 from jobs.settings import load_settings
 from jobs.states import BatchState, JobState, job_id, split_job_id
-from jobs.store import BatchStatus, NewBatch, redis_errors
+from jobs.store import BatchStatus, NewBatch
 from producers.connection import Connection
-from producers.follow import LOOK_S, Ended, Follower
+from producers.follow import LOOK_S, Ended, Follower, Listener
 
 T = TypeVar("T")
 
@@ -189,21 +189,17 @@ class Producer:
         """
         batch_id = _batch(id)
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        with redis_errors():
-            pubsub = self._connection.store.subscribe(batch_id)
-            try:
-                while True:
-                    if id != batch_id:
-                        if (job := self.job(id)).state.terminal:
-                            return job
-                    elif (status := self.status(batch_id)).state is BatchState.FINISHED:
-                        return status
-                    left = LOOK_S if end is None else end - time.monotonic()
-                    if left <= 0:
-                        raise TimeoutError(f"{id} has not ended within {timeout_s} s")
-                    pubsub.get_message(timeout=min(left, LOOK_S))
-            finally:
-                pubsub.close()
+        with Listener(self._connection.store, batch_id) as listener:
+            while True:
+                if id != batch_id:
+                    if (job := self.job(id)).state.terminal:
+                        return job
+                elif (status := self.status(batch_id)).state is BatchState.FINISHED:
+                    return status
+                left = LOOK_S if end is None else end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"{id} has not ended within {timeout_s} s")
+                listener.wait(min(left, LOOK_S))
 
     def cancel(self, id: str) -> BatchStatus:
         """Cancels a batch (or the batch of one that a job id names): queued jobs at once, those in flight in seconds.
@@ -223,6 +219,10 @@ class Producer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _waiting(id: str, timeout_s: float) -> Callable[[Producer], BatchStatus | JobResult]:
+    return lambda producer: producer.wait(id, timeout_s)
 
 
 def _batch(id: str) -> str:
@@ -280,7 +280,7 @@ class AsyncProducer:
         while True:
             left = 0.25 if end is None else min(0.25, end - time.monotonic())
             try:
-                return await self._call(lambda producer, left=left: producer.wait(id, max(left, 0.001)))
+                return await self._call(_waiting(id, max(left, 0.001)))
             except TimeoutError:
                 if end is not None and time.monotonic() >= end:
                     raise TimeoutError(f"{id} has not ended within {timeout_s} s") from None

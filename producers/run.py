@@ -23,14 +23,14 @@ from typing import Any, BinaryIO
 import msgspec
 
 from jobs import identity
-from jobs.errors import KeyRefused, MimoqError, UsageError
+from jobs.errors import KeyRefused, MimoqError, StoreUnavailable, UsageError
 from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
 from jobs.settings import PREFIX, Settings
 from jobs.states import BatchState
 from jobs.store import BatchStatus, NewBatch
 from jobs.workers import gate_of, live_workers, open_gate
 from producers.connection import Connection
-from producers.follow import Follower
+from producers.follow import Follower, Listener
 from producers.output import check_paths, default_output, error_file
 from producers.progress import Rates, View, display
 from producers.reader import Defaults, Report, requests, validate
@@ -42,6 +42,8 @@ from producers.workers import Workers
 TICK_S = 0.25
 #: Seconds a wait for a message lasts at most, so that signals are seen.
 LISTEN_S = 0.1
+#: Seconds a run waits for a store that is away.
+PATIENCE_S = 60.0
 #: Rows written to the output files together.
 WRITE_ROWS = 200
 #: Reasons of a gate that end a run whose first calls met it.
@@ -124,6 +126,31 @@ def judge(file: BinaryIO, defaults: Defaults, settings: Settings, skip_invalid: 
         hint = "" if skip_invalid or not report.total else "; mend them, or run the good ones with --skip-invalid"
         raise UsageError(f"{report.bad:,} bad lines, nothing was submitted{hint}")
     raise UsageError("nothing was submitted")
+
+
+class Patience:
+    """How long a run waits for a store that is away, and what it says meanwhile."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._since: float | None = None
+
+    def found(self) -> None:
+        """The store answers."""
+        if self._since is not None:
+            self._since = None
+            say("the store answers again")
+
+    def lost(self, error: StoreUnavailable) -> None:
+        """It does not. Raises the error after `PATIENCE_S`, or `EmbeddedServerError` when ours is given up."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            say(f"waiting for the store: {error}")
+        elif now - self._since > PATIENCE_S:
+            raise error
+        if self._connection.server is not None:
+            self._connection.server.ensure()
 
 
 class Run:
@@ -293,36 +320,34 @@ class Run:
         shown = display(self._options.quiet)
         rates = Rates()
         next_tick = 0.0
+        patience = Patience(self._connection)
         status = first
-        pubsub = store.subscribe(batch_id)
-        try:
+        with contextlib.closing(shown), Listener(store, batch_id) as listener:
             while True:
-                finished = status.state is BatchState.FINISHED
-                while (ended := follower.ready(WRITE_ROWS)) is not None:
-                    rows.write(ended)
-                if finished:
-                    break
-                now = time.monotonic()
-                if now >= next_tick:
-                    next_tick = now + TICK_S
-                    if connection.server is not None:
-                        connection.server.ensure()
-                    if workers is not None:
-                        workers.ensure()
-                    shown.show(self._view(status, rates, now, account))
-                    self._check_key(first, status, account)
-                if self._interrupts and self._leave():
+                leaving = bool(self._interrupts) and self._leave()
+                try:
+                    status = store.status(batch_id)
+                    # What had ended by the look above is read below, so a finished batch leaves nothing behind.
                     while (ended := follower.ready(WRITE_ROWS)) is not None:
                         rows.write(ended)
-                    status = store.status(batch_id)
-                    shown.close()
+                    now = time.monotonic()
+                    if now >= next_tick:
+                        next_tick = now + TICK_S
+                        if connection.server is not None:
+                            connection.server.ensure()
+                        if workers is not None:
+                            workers.ensure()
+                        shown.show(self._view(status, rates, now, account))
+                        self._check_key(first, status, account)
+                    patience.found()
+                except StoreUnavailable as error:
+                    patience.lost(error)
+                if leaving:
                     self._summary(status)
                     return self._stopped()
-                pubsub.get_message(timeout=LISTEN_S)
-                status = store.status(batch_id)
-        finally:
-            shown.close()
-            pubsub.close()
+                if status.state is BatchState.FINISHED:
+                    break
+                listener.wait(LISTEN_S)
         rows.close()
         self._summary(status)
         if (missing := status.total - rows.count()) > 0:

@@ -6,6 +6,7 @@ included. Its log goes to a file in the data folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -126,16 +127,12 @@ class Workers:
 
 def _begin(child: subprocess.Popen[bytes]) -> None:
     assert child.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it has died; `ensure` sees to it
         child.stdin.write(b"\n")
         child.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has died; `ensure` sees to it
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:
     assert child.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it never read its byte
         child.stdin.close()
-    except BrokenPipeError:
-        pass  # it never read its byte

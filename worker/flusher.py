@@ -91,8 +91,10 @@ class Flusher:
             ends, self._ends = self._ends, []
             backs, self._backs = self._backs, []
             settlements, self._settlements = self._settlements, defaultdict(list)
-            while not await self._write(ends, backs, settlements):
-                await asyncio.sleep(RETRY_S)
+            written = False
+            while not written:
+                written = await self._write(ends, backs, settlements)
+                await asyncio.sleep(0 if written else RETRY_S)
             if not self._wake.is_set():
                 self._idle.set()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import ssl
 import urllib.request
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -32,21 +34,32 @@ class _Connector(aiohttp.TCPConnector):
         return connection
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
+
+
 def open_transport(base_url: str) -> httpx.AsyncBaseTransport:
     """A transport to this address; no limit of connections, no cookies, no retries, proxies from the environment."""
-    context = httpx.create_ssl_context()
+    context = _tls()
+    proxy = find_proxy(base_url)
+    # aiohttp shows these to a proxy it asks for a tunnel; without TLS the request itself must carry them.
+    headers = proxy.headers if proxy is not None and base_url.startswith("http:") else None
 
     def session() -> aiohttp.ClientSession:
         # No limit here: the engine bounds the calls in flight, and a call that waited would look like a slow connect.
         connector = _Connector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=context)
         return aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_READ_BUFFER_BYTES
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=headers,
+            read_bufsize=_READ_BUFFER_BYTES,
         )
 
-    return AiohttpTransport(verify=context, client=session, proxy=_proxy(base_url))
+    return AiohttpTransport(verify=context, client=session, proxy=proxy)
 
 
-def _proxy(base_url: str) -> httpx.Proxy | None:
+def find_proxy(base_url: str) -> httpx.Proxy | None:
     """The proxy that the environment names for this address, looked up once."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""

@@ -26,6 +26,8 @@ from worker.transport import connected, open_transport
 
 MAX_ERROR_BYTES = 64 * 1024
 
+_LARGE_BYTES = 1_000_000
+
 # How long to wait for the end of a stream that has said all, so that its connection can be used again.
 _LINGER_S = 0.5
 
@@ -41,12 +43,16 @@ class _Post(httpx.Request):
         self.method = "POST"
         self.url = url
         self.headers = headers
+        if len(body) > _LARGE_BYTES:
+            self.headers = httpx.Headers([*headers.multi_items(), ("Content-Length", str(len(body)))])
         self.extensions = extensions
         self.stream = httpx.ByteStream(body)
         self._body = body
 
     @property
     def content(self) -> bytes:
+        if len(self._body) > _LARGE_BYTES:
+            raise httpx.RequestNotRead  # aiohttp takes a large body as a stream only
         return self._body
 
 

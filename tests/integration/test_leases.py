@@ -3,78 +3,224 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
-import redis
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from jobs import keys, leases
 from jobs.connections import connect, connect_async
-from jobs.errors import StoreUnavailable
 from jobs.leases import End, Job
-from jobs.requests import CHAT, Request
-from jobs.results import About, Failure, Usage, failure_payload, success_payload
 from jobs.scripts import Script
 from jobs.states import BatchState, JobState
 from jobs.store import NewBatch, Store
+from tests.integration.store_model import Model, ending, leftovers, redis_time, requests, run, wait_until
 
 LONG_S = 60.0
 SHORT_S = 0.02
-LANE_LABELS = (("bulk", ""), ("bulk", "here"), ("interactive", ""))
+NEVER_S = 1000.0
+LANES = (("bulk", ""), ("bulk", "here"), ("interactive", ""))
 
 _sweep = Script("sweep")
 
 
-def run(work: Callable[[Any], Coroutine[Any, Any, Any]], url: str) -> Any:
-    """Runs `work` with an async client of the store."""
+class Life(RuleBasedStateMachine):
+    """Batches and workers doing whatever they like."""
 
-    async def main() -> Any:
-        client = connect_async(url)
+    url: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.client: Any = connect(self.url)
+        self.client.flushall()
+        self.store = Store(self.client)
+        self.aclient = connect_async(self.url)
+        self.batches: dict[str, Model] = {}
+        self.jobs: list[Job] = []
+        self.ends: list[End] = []
+        self.short: set[str] = set()
+        self.clock = 0.0  # server time at which all short leases and deadlines so far are over
+
+    def teardown(self) -> None:
         try:
-            return await work(client)
+            self.drain()
         finally:
-            await client.aclose()
+            self.runner.run(self.aclient.connection_pool.aclose())
+            self.runner.close()
+            self.client.close()
 
-    return asyncio.run(main())
+    # -- what may happen
+
+    @rule(
+        lane=st.sampled_from(LANES),
+        total=st.integers(1, 12),
+        size=st.integers(1, 5),
+        answered=st.sampled_from([b"", b"", b"s", b"\0f", b"sfs\0s", b"s" * 12]),
+        deadline=st.sampled_from([None, None, SHORT_S]),
+    )
+    def submit(self, lane: tuple[str, str], total: int, size: int, answered: bytes, deadline: float | None) -> None:
+        answered = answered[:total]
+        new = NewBatch(lane=lane[0], label=lane[1], slice_size=size, answered=answered, deadline_s=deadline)
+        batch_id, jobs, created = self.store.submit(requests(total), new)
+        assert (jobs, created) == (total, True)
+        model = Model(batch_id, *lane, total, deadline is not None)
+        model.ends = [chr(byte) if byte else "" for byte in answered.ljust(total, b"\0")]
+        model.tokens = [""] * total
+        self.batches[batch_id] = model
+        self.clock = redis_time(self.client) + SHORT_S
+
+    @precondition(lambda self: self.batches)
+    @rule(
+        worker=st.sampled_from(["w1", "w2"]),
+        lanes=st.sampled_from([LANES[:1], LANES[:2], LANES[2:]]),
+        wanted=st.integers(1, 9),
+        short=st.booleans(),
+    )
+    def claim(self, worker: str, lanes: tuple[tuple[str, str], ...], wanted: int, short: bool) -> None:
+        ready = sum(model.ready() for model in self.batches.values() if (model.lane, model.label) in lanes)
+        found = self.runner.run(
+            leases.claim(
+                self.aclient,
+                worker,
+                lanes[0][0],
+                [label for _, label in lanes],
+                wanted,
+                SHORT_S if short else LONG_S,
+            )
+        )
+        for job in found:
+            model = self.batches[job.batch_id]
+            assert (model.lane, model.label) in lanes
+            model.claim(job)
+            if short:
+                self.short.add(job.token)
+        assert min(wanted, ready) <= len(found) <= wanted
+        self.jobs += found
+        self.clock = redis_time(self.client) + SHORT_S
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), letter=st.sampled_from("ssf"), count=st.integers(1, 5))
+    def finish(self, data: st.DataObject, letter: str, count: int) -> None:
+        """Ends of jobs, by their holders or by holders of long ago."""
+        chosen = data.draw(st.lists(st.sampled_from(self.jobs), min_size=1, max_size=count, unique_by=id))
+        self._finish([ending(job, letter, note=str(len(self.ends))) for job in chosen])
+
+    @precondition(lambda self: self.ends)
+    @rule(data=st.data())
+    def finish_again(self, data: st.DataObject) -> None:
+        """An end that was sent before, byte for byte."""
+        self._finish([data.draw(st.sampled_from(self.ends))])
+
+    def _finish(self, ends: list[End]) -> None:
+        self.ends += ends
+        for batch_id in dict.fromkeys(end.job.batch_id for end in ends):
+            block = [end for end in ends if end.job.batch_id == batch_id]
+            expected = [self.batches[batch_id].finish(end) for end in block]
+            assert self.runner.run(leases.finish(self.aclient, batch_id, block)) == expected
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), delay=st.sampled_from([0.0, 0.0, SHORT_S, NEVER_S]))
+    def give_back(self, data: st.DataObject, delay: float) -> None:
+        job = data.draw(st.sampled_from(self.jobs))
+        expected = self.batches[job.batch_id].give_back(job.index, job.token, delay > 0)
+        ready = self.runner.run(leases.give_back(self.aclient, job.batch_id, [(job, delay, b'["%d"]' % job.index)]))
+        assert ready == expected
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        token = data.draw(st.sampled_from(self.jobs)).token
+        live = [model for model in self.batches.values() if token in model.tokens]
+        lost, closing = self.runner.run(leases.renew(self.aclient, [token], LONG_S))
+        assert lost == (set() if live else {token})
+        assert closing == {token for model in live if model.closing}
+        self.short.discard(token)
+
+    @rule()
+    def reap(self) -> None:
+        """Short leases and deadlines are over, and the reaper sees it."""
+        wait_until(self.client, self.clock)
+        expected = 0
+        for model in self.batches.values():
+            for index, token in enumerate(model.tokens):
+                if token in self.short:
+                    expected += 1
+                    model.give_back(index, token, later=False)
+        assert self.runner.run(leases.reap(self.aclient))[0] == expected
+        for model in self.batches.values():
+            if model.deadline:
+                model.close("x")
+                model.deadline = False
+
+    @precondition(lambda self: any(model.closing for model in self.batches.values()))
+    @rule(most=st.integers(1, 20))
+    def sweep(self, most: int) -> None:
+        for batch_id, model in self.batches.items():
+            while _sweep(self.client, [keys.PREFIX], [batch_id, most]) > 0:
+                pass
+            model.sweep()
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(list(self.batches.values())))
+        self.store.cancel(model.batch_id)
+        model.close("c")
+        model.sweep()
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def requeue(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(list(self.batches.values())))
+        assert self.store.requeue_failed(model.batch_id) == model.requeue()
+
+    # -- what must hold
+
+    @invariant()
+    def agree(self) -> None:
+        for model in self.batches.values():
+            model.check(self.store)
+
+    def drain(self) -> None:
+        """Whatever happened, the rest can be brought to its end, and nothing stays behind."""
+        for job in self.jobs:
+            self.runner.run(leases.give_back(self.aclient, job.batch_id, [(job, 0.0, b"")]))
+            self.batches[job.batch_id].give_back(job.index, job.token, later=False)
+        for model in self.batches.values():
+            # The far retries are brought forward.
+            for index in model.later:
+                self.client.zadd(keys.retries(model.batch_id), {str(index): 1.0}, xx=True)
+                self.client.zadd(keys.DUE, {model.batch_id: 1.0})
+            model.later.clear()
+        self.reap()
+        for batch_id, model in self.batches.items():
+            while _sweep(self.client, [keys.PREFIX], [batch_id, 1000]) > 0:
+                pass
+            model.sweep()
+        for lane, label in LANES:
+            while found := self.runner.run(leases.claim(self.aclient, "last", lane, [label], 7)):
+                for job in found:
+                    self.batches[job.batch_id].claim(job)
+                self._finish([ending(job, "s") for job in found])
+        self.agree()
+        assert all(model.over for model in self.batches.values())
+        assert leftovers(self.client) == set()
 
 
-def requests(count: int) -> list[Request]:
-    return [Request(CHAT, b'{"messages":[],"n":%d}' % n, f"c{n}") for n in range(count)]
-
-
-def ending(job: Job, letter: str, calls: int = 1, note: str = "") -> End:
-    """An end with usage 3 + 2 tokens; `note` makes its payload another one."""
-    usage = Usage(3, 2, 1, 0, 5)
-    about = About(job.request.custom_id, CHAT, usage, [], 200)
-    if letter == "s":
-        return End(job, "s", success_payload(job.job_id, b'{"answer":"%s"}' % note.encode(), about, False), calls, usage)
-    failed = About(job.request.custom_id, CHAT, usage, [], 400, error=Failure("bad", note, 400))
-    return End(job, "f", failure_payload(job.job_id, failed, False), calls, usage)
-
-
-def redis_time(client: Any) -> float:
-    seconds, microseconds = client.time()
-    return float(seconds + microseconds / 1e6)
-
-
-def wait_until(client: Any, then: float) -> None:
-    """Waits until the server's clock says that `then` is past."""
-    while redis_time(client) <= then:
-        time.sleep(0.001)
-
-
-def leftovers(client: Any) -> set[str]:
-    """Keys that must be gone when every batch is over."""
-    gone = ("lease:", "leases", "open", "due", "deadlines", "closing", "lane:", "staged:")
-    parts = (":ready", ":claims", ":retries", ":history")
-    names = {name.decode().removeprefix(keys.PREFIX) for name in client.keys(keys.PREFIX + "*")}
-    return {name for name in names if name.startswith(gone) or name.endswith(parts)}
+def test_any_order_of_events(store_url: str) -> None:
+    Life.url = store_url
+    run_state_machine_as_test(
+        Life,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
