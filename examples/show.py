@@ -6,6 +6,7 @@ upstream's whole answer, of chat completions or of messages.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ def read(body: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def main(path: Path) -> None:
+    """Prints three lines a row."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a sign shows a question mark
     with path.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             answer, reasoning, usage = read(row["response"]["body"])

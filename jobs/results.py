@@ -20,7 +20,10 @@ GZIP = MAGIC + b"application/x-gzip\x00"
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one call, or of all calls of a job, in the words of the chat protocol."""
+    """Tokens that one call, or all calls of a job, were billed for, whichever protocol reported them.
+
+    `cached_tokens` are part of `prompt_tokens`, `reasoning_tokens` of `completion_tokens`.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -48,10 +48,10 @@ pip_install() {
     if command -v uv >/dev/null 2>&1; then
         uv pip install --quiet --python "$venv_python" "$@"
     elif [ -e .venv/bin/pip ]; then
-        PIP_USER=0 "$venv_python" -m pip --quiet --disable-pip-version-check install "$@"
+        PIP_USER=0 "$venv_python" -m pip --quiet --disable-pip-version-check install --no-compile "$@"
     else
         python=$(find_python)
-        PIP_USER=0 "$python" -m pip --quiet --disable-pip-version-check --python "$venv_python" install "$@"
+        PIP_USER=0 "$python" -m pip --quiet --disable-pip-version-check --python "$venv_python" install --no-compile "$@"
     fi
 }
 

@@ -97,25 +97,37 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> int:
     """Answer a file of requests: JSON lines in, JSON lines out. Run again, it goes on where it stopped."""
-    from producers.run import Run, RunOptions
+    import time
 
-    settings = _settings(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
-    options = RunOptions(
-        source=source,
-        output=output,
-        errors=errors,
-        endpoint=endpoint,
-        workers=workers,
-        max_attempts=max_attempts,
-        retry_failed=retry_failed,
-        fresh=fresh,
-        overwrite=overwrite,
-        simulate=simulate,
-        skip_invalid=skip_invalid,
-        json=json,
-        quiet=quiet,
-    )
-    return Run(options, settings).run()
+    from producers.workers import Workers
+
+    started = time.monotonic()
+    prepared = Workers()
+    if workers or (workers is None and (simulate or not os.environ.get("MIMOQ_REDIS_URL"))):
+        # It takes a second to import what it needs; it does so while this command judges the input.
+        prepared.prepare()
+    try:
+        from producers.run import Run, RunOptions
+
+        settings = _settings(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
+        options = RunOptions(
+            source=source,
+            output=output,
+            errors=errors,
+            endpoint=endpoint,
+            workers=workers,
+            max_attempts=max_attempts,
+            retry_failed=retry_failed,
+            fresh=fresh,
+            overwrite=overwrite,
+            simulate=simulate,
+            skip_invalid=skip_invalid,
+            json=json,
+            quiet=quiet,
+        )
+        return Run(options, settings, prepared, started).run()
+    finally:
+        prepared.end()
 
 
 @app.command()

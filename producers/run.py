@@ -8,7 +8,6 @@ on where it stopped: the output file is the truth for rows in it, the store for 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 import signal
@@ -156,13 +155,14 @@ class Patience:
 class Run:
     """One run, from its options to its exit status."""
 
-    def __init__(self, options: RunOptions, settings: Settings) -> None:
+    def __init__(self, options: RunOptions, settings: Settings, workers: Workers, started: float) -> None:
         self._options = options
         self._settings = settings
-        self._started = time.monotonic()
+        self._started = started
         self._interrupts = 0
         self._terminated = False
-        self._workers: Workers | None = None
+        self._prepared = workers
+        self._workers: Workers | None = None  # once there are any of our own
         self._simulation: Simulation | None = None
         self._connection: Connection | None = None
         self._rows = 0
@@ -205,15 +205,12 @@ class Run:
         options, settings = self._options, self._settings
         if options.simulate:
             self._simulation = Simulation()
-        own = options.workers if options.workers is not None else (0 if settings.redis_url is not None else 1)
-        if self._simulation is not None:
-            own = max(own, 1)
+        if options.simulate:
             settings = settings.model_copy(update={"simulated": True})
+        own = options.workers if options.workers is not None else (0 if settings.redis_url is not None else 1)
+        if options.simulate:
+            own = max(own, 1)  # nobody else's worker takes simulated work
         self._connection = Connection(settings)
-        if own:
-            self._workers = self._make_workers(own, settings)
-            if self._simulation is None:
-                self._workers.prepare()
         defaults = Defaults(options.endpoint, None if settings.endpoint_path else settings.model)
         report = judge(file, defaults, settings, options.skip_invalid)
         if self._interrupts:
@@ -223,27 +220,26 @@ class Run:
         rows = Rows(output, errors, run_identity)
         try:
             batch_id = self._batch(file, defaults, report, run_identity, label, rows)
+            if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
+                self._begin_workers(own, settings)
             return self._follow(batch_id, rows)
         finally:
             rows.close()
 
-    def _make_workers(self, count: int, settings: Settings) -> Workers:
-        env = dict(os.environ)
+    def _begin_workers(self, count: int, settings: Settings) -> None:
+        variables = {}
         for name in settings.model_fields_set | {"data_dir", "simulated"}:
             value = getattr(settings, name)
             if value is not None:
                 shown = value.get_secret_value() if hasattr(value, "get_secret_value") else value
-                env[PREFIX + name.upper()] = str(shown)
-        env[f"{PREFIX}DATA_DIR"] = str(settings.data_dir.resolve())
+                variables[PREFIX + name.upper()] = str(shown)
+        variables[f"{PREFIX}DATA_DIR"] = str(settings.data_dir.resolve())
         if self._simulation is not None:
-            env[f"{PREFIX}BASE_URL"] = self._simulation.wait()
-            env.pop(f"{PREFIX}ENDPOINT_PATH", None)
-            env[f"{PREFIX}API_KEY"] = "simulated"
+            variables[f"{PREFIX}BASE_URL"] = self._simulation.wait()
+            variables[f"{PREFIX}API_KEY"] = "simulated"
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        workers = Workers(count, env, settings.data_dir / "worker.log")
-        if self._simulation is not None:
-            workers.prepare()
-        return workers
+        self._workers = self._prepared
+        self._workers.begin(count, variables, settings.data_dir.resolve() / "worker.log", settings.drain_s)
 
     # -- the batch
 
@@ -313,9 +309,7 @@ class Run:
             open_gate(connection.client, account)
         first = store.status(batch_id)
         follower = Follower(store, batch_id, rows.written)
-        if workers is not None and first.state is not BatchState.FINISHED:
-            workers.begin()
-        elif first.state is not BatchState.FINISHED:
+        if workers is None and first.state is not BatchState.FINISHED:
             self._look_for_workers(identity.label(self._settings))
         shown = display(self._options.quiet)
         rates = Rates()
@@ -394,9 +388,7 @@ class Run:
             return
         gate = gate_of(self._connection.client, account)
         if gate is not None and gate.reason in REFUSALS:
-            if self._workers is not None:
-                self._workers.stop()
-                self._workers.wait(self._settings.drain_s + 15)
+            self._prepared.end()
             self._summary(self._connection.store.status(status.batch_id))
             raise KeyRefused(
                 f"the upstream refuses the API key ({gate.status}): no job failed for it; "
@@ -446,12 +438,7 @@ class Run:
             sys.stdout.flush()
 
     def _close(self) -> None:
-        if self._workers is not None:
-            if not self._workers.stopping:
-                self._workers.stop()
-            if not self._workers.wait(self._settings.drain_s + 15):
-                self._workers.kill()
-                self._workers.wait(5)
+        self._prepared.end()
         if self._simulation is not None:
             self._simulation.stop()
         if self._connection is not None:

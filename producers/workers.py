@@ -1,12 +1,13 @@
 """Worker processes that belong to a command: started, watched, started again, and ended with it.
 
 A worker reads a pipe whose other end the command holds, so it drains and ends when the command is gone, kill -9
-included. Its log goes to a file in the data folder.
+included. Its settings reach it by the same pipe; its log goes to a file in the data folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -26,41 +27,38 @@ RESTART_S = 0.2
 class Workers:
     """The worker processes of one command."""
 
-    def __init__(self, count: int, env: Mapping[str, str], log: Path) -> None:
-        self._count = count
-        self._env = dict(env)
-        self._log = log
+    def __init__(self) -> None:
+        self._count = 0
+        self._told = b""
+        self._log = Path(os.devnull)
         self._children: list[subprocess.Popen[bytes]] = []
         self._deaths: deque[float] = deque()
         self._start_at = 0.0
-        self._begun = False
+        self._patience_s = 5.0
         self.stopping = False
-        self.deaths = 0
 
     def prepare(self) -> None:
-        """Starts the processes up to where they would take jobs; that takes a second or so of importing."""
-        for _ in range(self._count):
-            self._children.append(self._spawn())
+        """Starts one process, up to where it would take jobs: importing takes it a second or so.
 
-    def begin(self) -> None:
-        """Lets the workers take jobs."""
-        self._begun = True
+        A command does this first of all. The worker learns its settings when it may begin, and ends if it never may.
+        """
+        self._children.append(_spawn())
+
+    def begin(self, count: int, settings: Mapping[str, str], log: Path, drain_s: float) -> None:
+        """Lets `count` workers take jobs, with these `MIMOQ_...` variables over their environment's."""
+        self._count = count
+        self._patience_s = drain_s + 15
+        self._told = json.dumps({"settings": dict(settings), "log": str(log)}).encode() + b"\n"
+        self._log = log
         for child in self._children:
-            _begin(child)
+            self._tell(child)
+        self.ensure()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker", "--lane", "bulk", "--exit-with-stdin", "--start-on-stdin"],
-                env=self._env,
-                stdin=subprocess.PIPE,
-                stdout=descriptor,
-                stderr=descriptor,
-                start_new_session=True,
-            )
-        finally:
-            os.close(descriptor)
+    def _tell(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died; `ensure` sees to it
+            child.stdin.write(self._told)
+            child.stdin.flush()
 
     def ensure(self) -> None:
         """Replaces the dead. Raises `MimoqError` when they keep dying, or refuse their settings."""
@@ -73,7 +71,6 @@ class Workers:
                 continue
             self._children.remove(child)
             _close(child)
-            self.deaths += 1
             self._deaths.append(now)
             while self._deaths[0] < now - WINDOW_S:
                 self._deaths.popleft()
@@ -82,10 +79,9 @@ class Workers:
             self._start_at = now + RESTART_S
         if now >= self._start_at:
             while len(self._children) < self._count:
-                child = self._spawn()
+                child = _spawn()
                 self._children.append(child)
-                if self._begun:
-                    _begin(child)
+                self._tell(child)
 
     def _last_words(self) -> str:
         try:
@@ -113,26 +109,32 @@ class Workers:
         """Processes that run."""
         return sum(child.poll() is None for child in self._children)
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether all ended within `timeout_s`."""
-        end = time.monotonic() + timeout_s
+    def end(self) -> None:
+        """Tells the workers to drain, if nobody has, and waits until they are gone; those that hang are killed."""
+        if not self.stopping:
+            self.stop()
+        end = time.monotonic() + self._patience_s
         for child in self._children:
             try:
                 child.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                return False
+                child.kill()
+                child.wait()
             _close(child)
-        return True
+        self._children.clear()
 
 
-def _begin(child: subprocess.Popen[bytes]) -> None:
-    assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has died; `ensure` sees to it
-        child.stdin.write(b"\n")
-        child.stdin.flush()
+def _spawn() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "worker", "--lane", "bulk", "--exit-with-stdin", "--start-on-stdin"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it never read its byte
+    with contextlib.suppress(BrokenPipeError):  # it never read its line
         child.stdin.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import network
 from tests.components import Valkey
@@ -15,6 +16,10 @@ from tests.components import Valkey
 NO_UPSTREAM = "http://127.0.0.1:9"
 
 network.stay_on_this_machine()
+
+# Nothing is timed: a slow machine is not a failure. In CI its own profile, on which this stands, also fixes the seed.
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

@@ -55,35 +55,54 @@ def _count(text: str) -> int:
 
 def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
     """This process becomes a Celery worker of the lane."""
+    if start_on_stdin and not _told_to_start():
+        return 0  # whoever started us has changed its mind
+    # Celery prints its banner and its goodbye to stdout, which carries only what was asked for.
+    os.dup2(2, 1)
     from jobs import identity
     from jobs.processes import end_when_stdin_closes
     from jobs.settings import load_settings
-
-    settings = load_settings()
-    upstream = identity.label(settings)
-    # Celery prints its banner and its goodbye to stdout, which carries only what was asked for.
-    os.dup2(2, 1)
     from worker.app import app
 
-    if start_on_stdin and not os.read(0, 1):
-        return 0  # whoever started us has changed its mind
     if exit_with_stdin:
         end_when_stdin_closes(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    name = f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}"
-    app.worker_main(
-        [
-            "--quiet",
-            "worker",
-            "--pool=threads",
-            f"--concurrency={THREADS}",
-            f"--queues={identity.queue(lane, upstream)}",
-            f"--hostname={name}",
-            "--without-gossip",
-            "--without-mingle",
-            "--without-heartbeat",
-        ]
+    worker = app.Worker(
+        pool_cls="threads",
+        concurrency=THREADS,
+        queues=[identity.queue(lane, identity.label(load_settings()))],
+        hostname=f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}",
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
     )
-    return 0
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+def _told_to_start() -> bool:
+    """Imports what takes time, then reads one line from standard input: `{"settings": {"MIMOQ_...": ...}, "log": path}`.
+
+    They come this way because a command starts its worker before it knows its own settings.
+    """
+    import importlib
+    import json
+
+    for name in ("celery.apps.worker", "kombu.transport.redis", "worker.tasks", "worker.thread"):
+        importlib.import_module(name)
+
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)  # not a buffered read: what comes after the line is the starter's end
+        if not byte:
+            return False
+        line += byte
+    told = json.loads(line)
+    os.environ.update(told["settings"])
+    log = os.open(told["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(log, 2)
+    os.close(log)
+    return True
 
 
 class Supervisor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from jobs.results import Usage
+
 MESSAGES = "/v1/messages"
 
 # A count beyond this is a fault of the upstream, and would overflow sums in the store.
@@ -33,19 +35,6 @@ NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
 """Everything msgspec raises for bytes it can't decode; bad UTF-8 is a plain ValueError."""
 
 _NOTHING = frozenset((b"", b"null", b'""', b"[]", b"{}", b"false"))
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens one call was billed for, whichever protocol reported them.
-
-    `cached_tokens` are part of `prompt_tokens`, `reasoning_tokens` of `completion_tokens`.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cached_tokens: int = 0
-    total_tokens: int = 0
 
 
 class UpstreamError(msgspec.Struct, frozen=True):

@@ -171,7 +171,7 @@ async def _read_body(response: httpx.Response, encoded: bool, sink: _Sink, deadl
                     deadline.reschedule(loop.time() + _LINGER_S)
             elif sink.stopped:
                 break
-            elif isinstance(sink, Joiner):
+            elif isinstance(sink, Joiner) and not sink.complete:
                 await asyncio.sleep(min((loop.time() - begun) * _GATHER, _GATHER_MAX_S))
     finally:
         if isinstance(chunks, AsyncGenerator):

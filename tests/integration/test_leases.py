@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -16,9 +13,8 @@ from jobs import keys, leases
 from jobs.connections import connect, connect_async
 from jobs.leases import End, Job
 from jobs.scripts import Script
-from jobs.states import BatchState, JobState
 from jobs.store import NewBatch, Store
-from tests.integration.store_model import Model, ending, leftovers, redis_time, requests, run, wait_until
+from tests.integration.store_model import Model, ending, leftovers, redis_time, requests, wait_until
 
 LONG_S = 60.0
 SHORT_S = 0.02
