@@ -31,7 +31,13 @@ def make_app(settings: Settings, redis_url: str) -> Celery:
     options: dict[str, Any] = {}
     if broker.startswith(("redis", "rediss")):
         # A ring may be lost, so it needs no record of unacked messages, which costs two round trips each.
-        options = {"ack_emulation": False, "socket_timeout": 30, "socket_connect_timeout": 5}
+        # The polling interval is how long one BRPOP waits, and a worker that ends waits for its last one.
+        options = {
+            "ack_emulation": False,
+            "polling_interval": 0.2,
+            "socket_timeout": 30,
+            "socket_connect_timeout": 5,
+        }
         if not broker.startswith("redis+socket"):
             options |= {"socket_keepalive": True, "health_check_interval": 15}
     app.conf.update(

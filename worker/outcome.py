@@ -10,7 +10,8 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-from worker.answers import Answer, Usage
+from jobs.results import Usage
+from worker.answers import Answer
 
 __all__ = ["MAX_RETRY_AFTER_S", "Outcome", "ResponseHead", "Usage"]
 

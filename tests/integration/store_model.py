@@ -160,6 +160,7 @@ class Model:
 
     def check(self, store: Store) -> None:
         """The store agrees in everything it tells of this batch."""
+        self.deadline = self.deadline and not self.over  # it ends with the batch, and is not renewed by a requeue
         status = store.status(self.batch_id)
         count = Counter(self.ends)
         assert status.total == self.total == status.queued + status.running + status.ended

@@ -1,0 +1,137 @@
+"""The intake: answers rings, and claims no more than there is room for.
+
+What goes wrong: Redis away, a ring waits for it as for room. A ring that waited in vain is dropped; the reaper rings
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from jobs import identity, leases
+from jobs.leases import Job
+from jobs.settings import Settings
+from worker.line import ASK_AGAIN_S, Lines
+
+#: Seconds a ring waits for room, and gathers jobs, before it is dropped.
+RING_WAIT_S = 60.0
+#: Room is this many seconds of what the limiter lets through.
+ROOM_S = 2.0
+
+log = structlog.get_logger("worker.intake")
+
+
+class Intake:
+    """The claiming of one worker.
+
+    `may_start` says whether calls may start at all, `waiting` how many jobs are held and not in flight; `accept` takes
+    a claimed job.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        settings: Settings,
+        worker_id: str,
+        lines: Lines,
+        may_start: Callable[[], bool],
+        waiting: Callable[[], int],
+        accept: Callable[[Job], None],
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._worker_id = worker_id
+        self._labels = identity.served_labels(settings)
+        self._lines = lines
+        self._may_start = may_start
+        self._waiting = waiting
+        self._accept = accept
+        self._starts: deque[tuple[float, int]] = deque()
+        self._changed = asyncio.Event()
+        self._claiming = asyncio.Lock()
+        self.stopping = False
+
+    def started(self, count: int) -> None:
+        """Calls have started: what is let through, and room for others."""
+        self._starts.append((time.monotonic(), count))
+        self._changed.set()
+
+    def stir(self) -> None:
+        """Jobs have left: there may be room."""
+        self._changed.set()
+
+    def stop(self) -> None:
+        """No more claims; rings that wait are dropped."""
+        self.stopping = True
+        self._changed.set()
+
+    async def ring(self, lane: str) -> int:
+        """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted."""
+        accepted = 0
+        warned = False
+        size = self._settings.slice_size
+        end = time.monotonic() + RING_WAIT_S
+        while accepted < size and await self._wait_for_room(end):
+            async with self._claiming:
+                wanted = min(self.room(), size - accepted)
+                if wanted <= 0 or self.stopping:
+                    continue
+                try:
+                    jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, wanted)
+                except (RedisError, OSError) as error:
+                    if not warned:
+                        log.warning("claim_failed", error=type(error).__name__)
+                    warned = True
+                    await asyncio.sleep(ASK_AGAIN_S)
+                    continue
+                for job in jobs:
+                    self._accept(job)
+            if not jobs:
+                break
+            accepted += len(jobs)
+        return accepted
+
+    async def _wait_for_room(self, end: float) -> bool:
+        """Whether there is room, waited for until the monotonic time `end`."""
+        while (left := end - time.monotonic()) > 0 and not self.stopping:
+            target = self._target()
+            # Room that comes in crumbs is let grow: each claim decompresses a block of requests.
+            if self._room(target) >= max(1, min(self._settings.slice_size, target // 4)):
+                return True
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(min(left, ASK_AGAIN_S)):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        return False
+
+    def room(self) -> int:
+        """How many more jobs may be claimed: about `ROOM_S` of what is started, none while the account is shut."""
+        return self._room(self._target())
+
+    def _room(self, target: int) -> int:
+        return target - self._waiting() if target > 0 else 0
+
+    def _target(self) -> int:
+        """How many jobs are to wait here at present."""
+        now = time.monotonic()
+        shut_until = self._lines.shut_until
+        if not self._may_start() or now < shut_until:
+            return 0
+        if shut_until:
+            return 1  # the probe
+        while self._starts and self._starts[0][0] < now - 1:
+            self._starts.popleft()
+        rate = sum(count for _, count in self._starts)
+        least = float(self._settings.slice_size)
+        if self._settings.rpm is not None:
+            least = min(least, self._settings.rpm / 60 * ROOM_S)
+        return int(min(max(least, rate * ROOM_S, 1), 2 * self._settings.worker_max_in_flight))
