@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock docs clean
+.PHONY: help setup demo test check bench format lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -15,7 +15,7 @@ setup: ## make .venv from requirements.lock; PYTHON=... chooses the interpreter
 
 demo: setup ## run the example prompts against the simulator and show the answers
 	@echo "mimoq run examples/prompts.jsonl --simulate"
-	@$(BIN)/mimoq run examples/prompts.jsonl -o examples/prompts.out.jsonl --simulate --fresh --overwrite
+	@$(BIN)/mimoq run examples/prompts.jsonl --simulate --fresh --overwrite --workers 1
 	@$(BIN)/python examples/show.py examples/prompts.out.jsonl
 
 test: setup ## run all tests and measure their coverage
@@ -29,6 +29,9 @@ check: setup ## what continuous integration runs: format, lint, types, import ru
 	@echo "documents" && $(BIN)/python -m ops.docs --check
 	@echo "tests"
 	@$(MAKE) --no-print-directory test
+
+bench: setup ## a run beside a bare loop, as a ratio (about a minute)
+	@$(BIN)/python -m ops.bench.run
 
 format: setup ## format the code and mend what the linter can
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .

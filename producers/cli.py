@@ -6,8 +6,8 @@ that needs it, because `mimoq --help` should not wait for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from jobs.errors import MimoqError
+from producers.workers import Workers
 
 app = typer.Typer(
     name="mimoq",
@@ -34,19 +35,38 @@ Input = Annotated[str, typer.Argument(metavar="IN", help="File of JSON lines; - 
 Lane = Annotated[str, typer.Option(help="interactive (someone waits) or bulk.")]
 
 
-def main() -> NoReturn:
-    """The entry point: runs a command and ends the process with its status."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mimoq results BATCH | head` ends quietly
+def main(prepared: Workers | None = None) -> int:
+    """Runs the command that `sys.argv` names and returns the exit status; `prepared` is for a run's workers."""
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, obj=prepared)
     except MimoqError as error:
         print(f"mimoq: {error}", file=sys.stderr)
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:
+        status = 141
     except Exception as error:
         status = _usage(error)
-    sys.exit(status if isinstance(status, int) else 0)
+    return _flushed(status if isinstance(status, int) else 0)
+
+
+def _flushed(status: int) -> int:
+    """The exit status when all has been written to stdout, or can't be.
+
+    `mimoq results BATCH | head` ends quietly, but not by SIGPIPE: a connection that Redis closed must not end a run.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        if not status:
+            print(f"mimoq: stdout can't be written: {error.strerror}", file=sys.stderr)
+        return status or 1
+    return status
 
 
 def _usage(error: Exception) -> int:
@@ -75,6 +95,7 @@ def _settings(**overrides: Any) -> Any:
 
 @app.command()
 def run(
+    context: typer.Context,
     source: Input,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT", help="Answers (IN.out.jsonl).")
@@ -97,37 +118,25 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> int:
     """Answer a file of requests: JSON lines in, JSON lines out. Run again, it goes on where it stopped."""
-    import time
+    from producers.run import Run, RunOptions
 
-    from producers.workers import Workers
-
-    started = time.monotonic()
-    prepared = Workers()
-    if workers or (workers is None and (simulate or not os.environ.get("MIMOQ_REDIS_URL"))):
-        # It takes a second to import what it needs; it does so while this command judges the input.
-        prepared.prepare()
-    try:
-        from producers.run import Run, RunOptions
-
-        settings = _settings(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
-        options = RunOptions(
-            source=source,
-            output=output,
-            errors=errors,
-            endpoint=endpoint,
-            workers=workers,
-            max_attempts=max_attempts,
-            retry_failed=retry_failed,
-            fresh=fresh,
-            overwrite=overwrite,
-            simulate=simulate,
-            skip_invalid=skip_invalid,
-            json=json,
-            quiet=quiet,
-        )
-        return Run(options, settings, prepared, started).run()
-    finally:
-        prepared.end()
+    settings = _settings(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
+    options = RunOptions(
+        source=source,
+        output=output,
+        errors=errors,
+        endpoint=endpoint,
+        workers=workers,
+        max_attempts=max_attempts,
+        retry_failed=retry_failed,
+        fresh=fresh,
+        overwrite=overwrite,
+        simulate=simulate,
+        skip_invalid=skip_invalid,
+        json=json,
+        quiet=quiet,
+    )
+    return Run(options, settings, context.obj or Workers()).run()
 
 
 @app.command()
@@ -231,12 +240,13 @@ def results(
                     sink.flush()
             sink.flush()
         except BrokenPipeError:
-            return 0
+            raise
         except OSError as error:
             raise MimoqError(f"{output or 'stdout'} can't be written: {error.strerror}") from None
         finally:
             if output is not None:
-                sink.close()
+                with contextlib.suppress(OSError):  # what a full disk left in its buffer
+                    sink.close()
     finally:
         connection.close()
     return 0

@@ -37,8 +37,10 @@ class _Usage(msgspec.Struct):
     input_tokens: int | None = 0
     output_tokens: int | None = 0
     cache_read_input_tokens: int | None = 0
+    cache_creation_input_tokens: int | None = 0
     completion_tokens_details: _Details | None = None
     prompt_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
 
 class _Body(msgspec.Struct):
@@ -65,11 +67,12 @@ class OutputFile:
     def scan(self) -> tuple[bytearray, set[int]]:
         """What the file holds: a bit for each job's index, and the numbers of invalid lines.
 
-        Raises `UsageError` when a row is not of this batch's identity.
+        Raises `UsageError` when a row is not of this batch's identity, or another run writes the file.
         """
         bits, invalid = bytearray(), set[int]()
         if not self._regular():
             return bits, invalid
+        self._open()  # and lock it: what is read here must not grow meanwhile
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
@@ -115,12 +118,14 @@ class OutputFile:
     def mend(self) -> None:
         """Cuts off a half-written last line. Raises `UsageError` when another run writes the file."""
         if self._regular():
-            self._open(_whole(self.path))
+            self._open()
+            self._shorten(_whole(self.path))
 
     def truncate(self) -> None:
         """Empties the file, if there is one. Raises `UsageError` when another run writes it."""
         if self._regular():
-            self._open(0)
+            self._open()
+            self._shorten(0)
 
     def keep_invalid(self) -> None:
         """Takes out every row but those of invalid lines."""
@@ -136,8 +141,8 @@ class OutputFile:
             while block := kept.read(_TAIL_BYTES):
                 self.write([block])
 
-    def _open(self, end: int) -> None:
-        """Opens the file for appending after `end` bytes; it is made only when there is something to write."""
+    def _open(self) -> None:
+        """Opens and locks the file for appending; it is made only when there is something to write."""
         if self._file is None:
             try:
                 self._file = self.path.open("ab")
@@ -151,6 +156,9 @@ class OutputFile:
                 raise UsageError(f"{self.path} is being written by another mimoq run") from None
             except OSError:
                 pass  # a device or pipe has no lock
+
+    def _shorten(self, end: int) -> None:
+        assert self._file is not None
         if self._regular():
             os.ftruncate(self._file.fileno(), end)
         self._end = end
@@ -160,7 +168,8 @@ class OutputFile:
         if not lines:
             return
         if self._file is None:
-            self._open(_whole(self.path) if self._regular() else 0)
+            self._open()
+            self._shorten(_whole(self.path) if self._regular() else 0)
         assert self._file is not None
         data = b"".join(lines)
         try:
@@ -187,12 +196,16 @@ class OutputFile:
             self._file = None
 
     def close(self) -> None:
-        """Makes the rows safe and closes the file."""
+        """Makes the rows safe and closes the file. Raises `MimoqError` when the disk does not take them."""
         if self._file is not None:
             file, self._file = self._file, None
             try:
                 if self._regular():
                     os.fsync(file.fileno())
+            except OSError as error:
+                raise MimoqError(
+                    f"{self.path} can't be written ({error.strerror}); run the same command again"
+                ) from None
             finally:
                 file.close()
 
@@ -219,15 +232,16 @@ def _whole(path: Path) -> int:
 
 
 def _usage(usage: _Usage) -> Usage:
-    prompt = usage.prompt_tokens or usage.input_tokens or 0
+    # As the worker reads it. Anthropic counts what the cache gave, and what was written to it, beside input_tokens.
+    cached = usage.cache_read_input_tokens or 0
+    prompt = usage.prompt_tokens or (usage.input_tokens or 0) + cached + (usage.cache_creation_input_tokens or 0)
     completion = usage.completion_tokens or usage.output_tokens or 0
-    prompt_details = usage.prompt_tokens_details or _Details()
-    completion_details = usage.completion_tokens_details or _Details()
+    details = usage.completion_tokens_details or usage.output_tokens_details or _Details()
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
-        reasoning_tokens=completion_details.reasoning_tokens or 0,
-        cached_tokens=prompt_details.cached_tokens or usage.cache_read_input_tokens or 0,
+        reasoning_tokens=details.reasoning_tokens or 0,
+        cached_tokens=cached or (usage.prompt_tokens_details or _Details()).cached_tokens or 0,
         total_tokens=usage.total_tokens or prompt + completion,
     )
 
@@ -239,16 +253,22 @@ def default_output(source: Path) -> Path:
 
 def error_file(output: Path) -> Path:
     """Where failures go by default: the output's stem with `.errors.jsonl`."""
-    return output.with_name(output.stem + ".errors.jsonl")
+    return output.parent / f"{output.stem}.errors.jsonl"
 
 
 def check_paths(source: Path | None, output: Path, errors: Path) -> None:
     """Raises `UsageError` where the files can't be what they are meant to be."""
     for path in (output, errors):
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; give a file")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path.parent} does not exist; make it first, or give another file")
+        try:
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder; give a file")
+            if not path.parent.is_dir():
+                raise UsageError(f"{path.parent} does not exist; make it first, or give another file")
+            place = path if path.exists() else path.parent
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from None
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"{place} can't be written: give another file")
     if _same(output, errors):
         raise UsageError(f"{output} can't take answers and errors both; give another --errors file")
     if source is not None:

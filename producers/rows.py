@@ -80,9 +80,16 @@ class Rows:
         self._failed = bytearray()
 
     def write(self, ended: list[Ended]) -> None:
-        """Writes rows of ended jobs. Raises `MimoqError` when a disk is full; the files then hold whole lines only."""
-        self._output.write([row.line() for row in ended if row.state is JobState.SUCCEEDED])
-        self._errors.write([row.line() for row in ended if row.state is not JobState.SUCCEEDED])
+        """Writes rows of ended jobs; one whose result is no longer kept gets none, and no bit in `written`.
+
+        Raises `MimoqError` when a disk is full; the files then hold whole lines only.
+        """
+        for row in ended:
+            if row.stored is None:
+                self.written[row.index >> 3] &= ~(1 << (row.index & 7)) & 0xFF
+        kept = [row for row in ended if row.stored is not None]
+        self._output.write([row.line() for row in kept if row.state is JobState.SUCCEEDED])
+        self._errors.write([row.line() for row in kept if row.state is not JobState.SUCCEEDED])
 
     def invalid(self, batch_id: str, number: int, line: InvalidLine) -> None:
         """Writes the row of a bad line, once."""

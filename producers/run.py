@@ -80,22 +80,28 @@ def opened_input(source: str, data_dir: Path) -> Iterator[tuple[BinaryIO, Path |
     Yields `(file, its path or None)`. Raises `UsageError` with one line.
     """
     if source == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
         try:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             spool: Any = tempfile.TemporaryFile(dir=data_dir)  # noqa: SIM115 - closed below, with its errors
         except OSError as error:
             raise UsageError(f"{data_dir}: {error.strerror}; choose another --data-dir") from None
-        with spool:
+        try:
             try:
                 shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
+                spool.flush()
             except OSError as error:
                 raise MimoqError(f"standard input can't be kept in {data_dir}: {error.strerror}") from None
             yield spool, None
+        finally:
+            with contextlib.suppress(OSError):  # what a full disk left in its buffer
+                spool.close()
         return
     path = Path(source)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give a file of JSON lines")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give a file of JSON lines")
         file = path.open("rb")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
@@ -155,12 +161,14 @@ class Patience:
 class Run:
     """One run, from its options to its exit status."""
 
-    def __init__(self, options: RunOptions, settings: Settings, workers: Workers, started: float) -> None:
+    def __init__(self, options: RunOptions, settings: Settings, workers: Workers) -> None:
         self._options = options
         self._settings = settings
-        self._started = started
+        self._started = workers.since
         self._interrupts = 0
         self._terminated = False
+        self._following = False
+        self._status: BatchStatus | None = None  # the last look
         self._prepared = workers
         self._workers: Workers | None = None  # once there are any of our own
         self._simulation: Simulation | None = None
@@ -185,6 +193,8 @@ class Run:
             check_paths(path, output, errors)
             try:
                 return self._run(file, output, errors)
+            except KeyboardInterrupt:
+                return self._stopped()
             finally:
                 self._close()
 
@@ -193,6 +203,8 @@ class Run:
         def interrupt(number: int, _: Any) -> None:
             self._interrupts += 1
             self._terminated = number == signal.SIGTERM
+            if not self._following or self._interrupts > 2:
+                raise KeyboardInterrupt  # nothing is under way that must end well
 
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -213,8 +225,6 @@ class Run:
         self._connection = Connection(settings)
         defaults = Defaults(options.endpoint, None if settings.endpoint_path else settings.model)
         report = judge(file, defaults, settings, options.skip_invalid)
-        if self._interrupts:
-            return self._stopped()
         label = identity.label(settings)
         run_identity = identity.run_identity(report.digest, options.endpoint, defaults.model, label)
         rows = Rows(output, errors, run_identity)
@@ -223,6 +233,10 @@ class Run:
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
                 self._begin_workers(own, settings)
             return self._follow(batch_id, rows)
+        except MimoqError:
+            if self._status is not None:
+                self._summary(self._status)
+            raise
         finally:
             rows.close()
 
@@ -272,7 +286,7 @@ class Run:
                 answered=rows.states(report.total),
                 answered_usage=rows.usage(),
             )
-            jobs = self._jobs(file, defaults, batch_id, rows)
+            jobs = self._jobs(file, defaults, report, batch_id, rows)
             batch_id, total, _ = store.submit(jobs, new)
             queued = total - len(new.answered.replace(b"\0", b""))
         else:
@@ -283,21 +297,26 @@ class Run:
                 again = store.requeue_failed(batch_id)
                 say(f"calling {again:,} failed rows again")
             if options.skip_invalid and report.bad:
-                for _ in self._jobs(file, defaults, batch_id, rows):
+                for _ in self._jobs(file, defaults, report, batch_id, rows):
                     pass
             queued = 0 if store.status(batch_id).state is BatchState.FINISHED else settings.slice_size
         self._invalid = report.bad
         self._connection.ring(batch_id, "bulk", label, queued)
         return batch_id
 
-    def _jobs(self, file: BinaryIO, defaults: Defaults, batch_id: str, rows: Rows) -> Iterator[Request]:
-        """The good lines; bad ones go to the error file."""
+    def _jobs(self, file: BinaryIO, defaults: Defaults, report: Report, batch_id: str, rows: Rows) -> Iterator[Request]:
+        """The good lines; bad ones go to the error file. Raises `UsageError` when they are not those that were judged."""
         file.seek(0)
+        good = bad = 0
         for number, found in requests(file, defaults, self._settings.max_line_bytes, self._options.skip_invalid):
             if isinstance(found, InvalidLine):
+                bad += 1
                 rows.invalid(batch_id, number, found)
             else:
+                good += 1
                 yield found
+        if (good, bad) != (report.total, report.bad):
+            raise UsageError("the input changed while it was read, nothing was submitted")
 
     # -- following it
 
@@ -307,7 +326,8 @@ class Run:
         account = identity.account_of(self._settings)
         if self._simulation is None:
             open_gate(connection.client, account)
-        first = store.status(batch_id)
+        self._following = True
+        first = self._status = store.status(batch_id)
         follower = Follower(store, batch_id, rows.written)
         if workers is None and first.state is not BatchState.FINISHED:
             self._look_for_workers(identity.label(self._settings))
@@ -319,11 +339,12 @@ class Run:
         with contextlib.closing(shown), Listener(store, batch_id) as listener:
             while True:
                 leaving = bool(self._interrupts) and self._leave()
+                written = more = False
                 try:
-                    status = store.status(batch_id)
+                    status = self._status = store.status(batch_id)
                     # What had ended by the look above is read below, so a finished batch leaves nothing behind.
-                    while (ended := follower.ready(WRITE_ROWS)) is not None:
-                        rows.write(ended)
+                    written = _write(follower, rows)
+                    more = not written
                     now = time.monotonic()
                     if now >= next_tick:
                         next_tick = now + TICK_S
@@ -331,17 +352,21 @@ class Run:
                             connection.server.ensure()
                         if workers is not None:
                             workers.ensure()
+                        if self._simulation is not None:
+                            self._simulation.check()
                         shown.show(self._view(status, rates, now, account))
                         self._check_key(first, status, account)
                     patience.found()
                 except StoreUnavailable as error:
                     patience.lost(error)
-                if leaving:
+                if leaving and (written or self._interrupts > 1):
                     self._summary(status)
                     return self._stopped()
-                if status.state is BatchState.FINISHED:
+                if status.state is BatchState.FINISHED and written:
+                    shown.show(self._view(status, rates, time.monotonic(), account))
                     break
-                listener.wait(LISTEN_S)
+                if not more:
+                    listener.wait(LISTEN_S)
         rows.close()
         self._summary(status)
         if (missing := status.total - rows.count()) > 0:
@@ -389,7 +414,7 @@ class Run:
         gate = gate_of(self._connection.client, account)
         if gate is not None and gate.reason in REFUSALS:
             self._prepared.end()
-            self._summary(self._connection.store.status(status.batch_id))
+            self._status = self._connection.store.status(status.batch_id)
             raise KeyRefused(
                 f"the upstream refuses the API key ({gate.status}): no job failed for it; "
                 f"set another {PREFIX}API_KEY and run the same command again"
@@ -443,3 +468,13 @@ class Run:
             self._simulation.stop()
         if self._connection is not None:
             self._connection.close()
+
+
+def _write(follower: Follower, rows: Rows) -> bool:
+    """Writes rows of jobs that have ended, for a tick at most; whether those were all."""
+    end = time.monotonic() + TICK_S
+    while (ended := follower.ready(WRITE_ROWS)) is not None:
+        rows.write(ended)
+        if time.monotonic() > end:
+            return False
+    return True

@@ -40,6 +40,11 @@ class Simulation:
             self.url = line.removeprefix(PREFIX).decode().strip()
         return self.url
 
+    def check(self) -> None:
+        """Raises `MimoqError` when it has ended."""
+        if self._process.poll() is not None:
+            raise MimoqError("the simulator has ended; run the same command again")
+
     def stop(self) -> None:
         """Ends the simulator."""
         if self._process.poll() is None:

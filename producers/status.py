@@ -18,7 +18,7 @@ SHOWN = 20
 def show_status(connection: Connection, batch: str | None, as_json: bool) -> None:
     """One batch or the newest ones on stdout; workers and gates with them. Raises `NotFound`."""
     store = connection.store
-    statuses = [store.status(id) for id in ([batch] if batch else store.kept_batches(SHOWN))]
+    statuses = [store.status(id) for id in ([batch] if batch is not None else store.kept_batches(SHOWN))]
     if as_json:
         for status in statuses:
             sys.stdout.write(msgspec.json.encode(dataclasses.asdict(status)).decode() + "\n")

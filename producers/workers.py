@@ -25,9 +25,10 @@ RESTART_S = 0.2
 
 
 class Workers:
-    """The worker processes of one command."""
+    """The worker processes of one command; `since` is the monotonic time at which the command began."""
 
     def __init__(self) -> None:
+        self.since = time.monotonic()
         self._count = 0
         self._told = b""
         self._log = Path(os.devnull)

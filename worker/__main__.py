@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from types import FrameType
+from typing import Any
 
 from jobs.errors import MimoqError
 from jobs.keys import LANES
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs worker processes until told to stop; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mimoq worker", description="Take jobs off the queues and call the upstream.")
     parser.add_argument("--lane", choices=LANES, help="one lane only; without it, one process for each lane")
-    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes for each lane (default 1)")
+    parser.add_argument("--processes", type=_number, default=1, metavar="N", help="processes for each lane (default 1)")
     parser.add_argument("--exit-with-stdin", action="store_true", help="drain and end when standard input is closed")
     parser.add_argument("--start-on-stdin", action="store_true", help="get ready, but begin at the first byte there")
     args = parser.parse_args(argv)
@@ -46,11 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a number, at least 1")
+    return int(text)
 
 
 def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
@@ -88,6 +88,10 @@ def _told_to_start() -> bool:
     import importlib
     import json
 
+    # structlog and httpx would import toolkits for terminals, 0.2 s of them, which a worker has no use for. None makes
+    # the import fail, and they do without.
+    modules: dict[str, Any] = sys.modules
+    modules.update({"rich": None, "httpx._main": None})
     for name in ("celery.apps.worker", "kombu.transport.redis", "worker.tasks", "worker.thread"):
         importlib.import_module(name)
 
@@ -124,7 +128,8 @@ class Supervisor:
         if self._exit_with_stdin:
             end_when_stdin_closes(lambda: os.kill(os.getpid(), signal.SIGTERM))
         for place in range(len(self._lanes)):
-            self._start(place)
+            if not self._stopping:
+                self._start(place)
         status = 0
         while self._children:
             time.sleep(0.1)
@@ -134,7 +139,8 @@ class Supervisor:
                     continue
                 del self._children[place]
                 if self._stopping:
-                    status = status or (1 if code else 0)
+                    # SIGTERM ends one at once that had not begun yet.
+                    status = status or int(code not in (0, -signal.SIGTERM))
                 elif code == 2 or self._too_many():
                     print(f"mimoq worker: a worker process ended with {code}; giving up", file=sys.stderr)
                     status = code if code == 2 else 1
@@ -149,7 +155,10 @@ class Supervisor:
     def _start(self, place: int) -> None:
         argv = [sys.executable, "-P", "-m", "worker", "--lane", self._lanes[place], "--exit-with-stdin"]
         # In a session of its own, so that a terminal's Ctrl-C comes once, from here.
-        self._children[place] = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
+        self._children[place] = child
+        if self._stopping:  # told so while it was being started
+            child.send_signal(signal.SIGTERM)
 
     def _too_many(self) -> bool:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from jobs import identity, logs
 from jobs.broker import make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
+from jobs.errors import MimoqError
 from jobs.keys import LANES
 from jobs.settings import load_settings
 from worker import tasks
@@ -57,7 +59,12 @@ app, engine, embedded = _create()
 
 @signals.worker_init.connect(weak=False)
 def _start(**_: Any) -> None:
-    engine.start()
+    try:
+        engine.start()
+    except Exception as error:
+        # Celery would log it and go on, with nobody to answer rings.
+        print(f"mimoq worker: {error if isinstance(error, MimoqError) else type(error).__name__}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 @signals.worker_ready.connect(weak=False)
