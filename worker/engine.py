@@ -1,11 +1,12 @@
 """The engine: one asyncio loop in a thread of its own that holds claimed jobs and makes their calls.
 
-The way of a job here: a ring waits for room and claims (`ring`); the job waits in its model's line; a dispatcher reserves
-a block of calls at the limiter; the call is made, judged, and ended, retried in place or given back; the flusher writes.
+The way of a job here: a ring waits for room and claims (`intake`); the job waits in its model's line, for which the
+limiter is asked for a block of calls (`line`); the call is made, judged, and ended, retried in place or given back; the
+flusher writes.
 
-What goes wrong: Redis away, nothing is claimed or started, answers in memory are written when it is back. A lease is
-lost: its jobs that wait are dropped, those in flight go on, because a paid answer is taken from anyone. Told to stop: no
-more claims, calls in flight get their time, the rest is given back at once.
+What goes wrong: Redis away, nothing is claimed or started, answers in memory are written when it is back. Told to stop:
+no more claims, calls in flight get their time, the rest is given back at once. A task of the engine dies: the worker
+ends. Leases that are lost: see `holding`.
 """
 
 from __future__ import annotations
@@ -13,89 +14,73 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
 
-from jobs import identity, leases
+from jobs import identity
 from jobs.leases import LEASE_S, Job
 from jobs.settings import Settings
+from worker import settlements
 from worker.estimate import Estimates
 from worker.flusher import Flusher
-from worker.limiter import Grant, Limiter, Settlement
+from worker.holding import Holding
+from worker.intake import Intake
+from worker.limiter import Limiter
+from worker.line import Lines
 from worker.outcome import Outcome
 from worker.run import Run
 from worker.upstream import Upstream
 from worker.verdict import Kind, Verdict, backoff, classify
 
-#: Seconds a ring waits for room before it is dropped; the reaper rings again.
-RING_WAIT_S = 60.0
-#: Room is this many seconds of what the limiter lets through.
-ROOM_S = 2.0
 #: A wait longer than this leaves the engine: the job is scheduled in the store and its place is free.
 LONG_WAIT_S = 10.0
-#: Reservations asked for in one call.
-RESERVE_BLOCK = 100
 #: A reservation that is this late is not used.
 LATE_S = 1.0
-#: Seconds that nothing is claimed after a probe has gone out.
-PROBE_S = 0.5
-#: Seconds between looks at the limiter when something other than a rate bounds it.
-ASK_AGAIN_S = 0.1
-
-WHAT = {
-    Kind.SUCCEEDED: "clean",
-    Kind.REFUSED: "refused",
-    Kind.FAILED: "clean",
-}
-GATES = {401: "key", 403: "forbidden", 402: "funds"}
+#: Seconds that the drain waits for calls it has broken off, and for the store to take what is to be written.
+BREAK_OFF_S = 5.0
+WRITE_S = 10.0
 
 log = structlog.get_logger("worker.engine")
 
 
-class Line:
-    """The jobs of one model that wait for their call."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.waiting: deque[Run] = deque()
-        self.wake = asyncio.Event()
-        self.shut_until = 0.0
-        self.bound = ""  # what holds it back, for people: a limit, a gate and its reason, or nothing
-
-
 class Engine:
-    """Holds jobs and makes their calls, within one event loop; every method but `__init__` runs in it."""
+    """Holds jobs and makes their calls, within one event loop; every method but `__init__` runs in it.
+
+    `on_death` is called when a task of the engine has died, after which nothing more is claimed or started.
+    """
 
     def __init__(
-        self, settings: Settings, client: Any, results: Any | None, upstream: Upstream, worker_id: str
+        self,
+        settings: Settings,
+        client: Any,
+        results: Any | None,
+        upstream: Upstream,
+        worker_id: str,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
-        self.client = client
         self.upstream = upstream
         self.worker_id = worker_id
         self.account = identity.account_of(settings)
         self.limiter = Limiter(client, settings, self.account, worker_id)
-        self.flusher = Flusher(client, results, self.limiter, self._on_settled, self._let_go)
+        self.lines = Lines(self.limiter, self.spawn, self._free, self._start, self._model_shut)
+        self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self._accept)
+        self.lines.on_started = self.intake.started
+        self.flusher = Flusher(client, results, self.limiter, self.lines.wake, self._let_go)
         self.estimates = Estimates()
         self.stopping = False
         self.renewed_at = time.monotonic()
-        self.held: dict[str, set[Run]] = {}  # by fencing token, all that are neither ended nor given back
-        self._runs: dict[str, Run] = {}
+        self.holding = Holding(self._write_back)
         self.flying: dict[str, tuple[Run, asyncio.Task[None]]] = {}  # by reservation
-        self._lines: dict[str, Line] = {}
-        self._starts: deque[tuple[float, int]] = deque()
-        self._room = asyncio.Event()
-        self._claiming = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._labels = identity.served_labels(settings)
+        self._on_death = on_death
         self._compress = settings.result_compression == "gzip"
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs `work` as long as the engine; its failure is logged, because nothing else would see it."""
+        """Runs `work` as long as the engine; its failure ends the engine, because half of one holds jobs for nothing."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -105,196 +90,103 @@ class Engine:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("engine_task_died", error=type(error).__name__, exc_info=error)
+            self.stop()
+            self._on_death()
 
-    # -- claiming
+    # -- what is held
 
     async def ring(self, lane: str) -> int:
         """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted."""
-        accepted = 0
-        while accepted < self.settings.slice_size and not self.stopping:
-            if not await self._wait_for_room():
-                break
-            async with self._claiming:
-                wanted = min(self.room(), self.settings.slice_size - accepted)
-                if wanted <= 0 or self.stopping:
-                    continue
-                try:
-                    jobs = await leases.claim(self.client, self.worker_id, lane, self._labels, wanted)
-                except (RedisError, OSError) as error:
-                    log.warning("claim_failed", error=type(error).__name__)
-                    break
-                for job in jobs:
-                    self._accept(job)
-            if not jobs:
-                break
-            accepted += len(jobs)
-        return accepted
-
-    async def _wait_for_room(self) -> bool:
-        """Whether there is room, waited for at most `RING_WAIT_S`."""
-        end = time.monotonic() + RING_WAIT_S
-        while (left := end - time.monotonic()) > 0 and not self.stopping:
-            if self.room() > 0:
-                return True
-            self._room.clear()
-            try:
-                await asyncio.wait_for(self._room.wait(), min(left, ASK_AGAIN_S))
-            except TimeoutError:
-                continue
-        return False
-
-    def room(self) -> int:
-        """How many more jobs may be claimed: about `ROOM_S` of what is started, none while the account is shut."""
-        now = time.monotonic()
-        shut_until = min((line.shut_until for line in self._lines.values()), default=0.0)
-        if self.flusher.failing or now < shut_until or not self._fresh(now):
-            return 0
-        while self._starts and self._starts[0][0] < now - 1:
-            self._starts.popleft()
-        rate = float(sum(count for _, count in self._starts))
-        least = float(self.settings.slice_size)
-        if self.settings.rpm is not None:
-            least = min(least, self.settings.rpm / 60 * ROOM_S)
-        if shut_until:
-            least = 1.0  # the probe
-        target = max(least, rate * ROOM_S, 1)
-        waiting = len(self._runs) - len(self.flying)
-        return int(min(target, 2 * self.settings.worker_max_in_flight)) - waiting
-
-    def _fresh(self, now: float) -> bool:
-        """Whether the leases were renewed lately enough to start calls under them."""
-        return now - self.renewed_at < LEASE_S * 2 / 3
-
-    def _accept(self, job: Job) -> None:
-        run = Run.of(job, self.settings.endpoint_path or self.settings.model)
-        run.estimate = self.estimates.of(run)
-        self._runs[job.job_id] = run
-        self.held.setdefault(job.token, set()).add(run)
-        self._enqueue(run)
-
-    def _enqueue(self, run: Run) -> None:
-        if run.over:
-            return
-        line = self._lines.get(run.model)
-        if line is None:
-            line = self._lines[run.model] = Line(run.model)
-            self.spawn(self._dispatch(line))
-        line.waiting.append(run)
-        line.wake.set()
+        return await self.intake.ring(lane)
 
     @property
     def bounds(self) -> list[str]:
         """What holds the lines back at present."""
-        return sorted({line.bound for line in self._lines.values() if (line.bound and line.waiting) or line.shut_until})
+        return self.lines.bounds
 
-    # -- starting calls
+    def _may_start(self) -> bool:
+        """Whether calls may start: the store takes what they bring, and leases were renewed lately enough."""
+        fresh = time.monotonic() - self.renewed_at < LEASE_S * 2 / 3
+        return fresh and not self.stopping and not self.flusher.failing
 
-    async def _dispatch(self, line: Line) -> None:
-        """Starts the calls of one model as the limiter lets them through."""
-        while True:
-            if not line.waiting or self.stopping:
-                line.wake.clear()
-                await line.wake.wait()
-                continue
-            free = self.settings.worker_max_in_flight - len(self.flying)
-            if free <= 0 or self.flusher.failing or not self._fresh(time.monotonic()):
-                await self._pause(line, ASK_AGAIN_S)
-                continue
-            wanted = min(free, len(line.waiting), RESERVE_BLOCK)
-            candidates = [line.waiting.popleft() for _ in range(wanted)]
-            try:
-                grant = await self.limiter.reserve(line.model, [run.estimate for run in candidates])
-            except (RedisError, OSError):
-                line.waiting.extendleft(reversed(candidates))
-                await asyncio.sleep(ASK_AGAIN_S)
-                continue
-            granted = len(grant.reservations)
-            line.waiting.extendleft(reversed(candidates[granted:]))
-            for run, (reservation, delay_s) in zip(candidates, grant.reservations, strict=False):
-                self._start(run, reservation, delay_s)
-            line.bound = grant.bound + (f" ({grant.detail})" if grant.detail else "")
-            self._see_gates(line, grant)
-            if granted:
-                self._starts.append((time.monotonic(), granted))
-                self._room.set()
-            if grant.bound in ("window", "concurrency"):
-                await self._pause(line, grant.ask_again_s)
-            elif grant.ask_again_s > 0:
-                await asyncio.sleep(min(grant.ask_again_s, 1.0))
+    def _free(self) -> int:
+        """How many more calls may start now."""
+        if not self._may_start():
+            return 0
+        return self.settings.worker_max_in_flight - len(self.flying) - self.lines.asking
 
-    async def _pause(self, line: Line, seconds: float) -> None:
-        """Waits for a freed reservation or a new job, at most `seconds`."""
-        line.wake.clear()
-        try:
-            await asyncio.wait_for(line.wake.wait(), seconds)
-        except TimeoutError:
-            return
+    def _waiting(self) -> int:
+        """Jobs held that are not in flight; those that rest after a failure leave room for others, within reason."""
+        return len(self.holding) - len(self.flying) - min(len(self.holding.resting), self.settings.worker_max_in_flight)
 
-    def _see_gates(self, line: Line, grant: Grant) -> None:
-        """Shuts this line while nobody may call: nothing is claimed for it, and what it holds others may have."""
-        if grant.bound in ("gate", "retry_after"):
-            line.shut_until = time.monotonic() + grant.ask_again_s
-            if grant.ask_again_s > ROOM_S:
-                self._give_back(lambda run: run.model == line.model)
-        elif grant.detail:
-            line.shut_until = time.monotonic() + PROBE_S  # until the probe's answer is settled
-        else:
-            line.shut_until = 0.0
+    def _accept(self, job: Job) -> None:
+        run = Run.of(job, self.settings.endpoint_path or self.settings.model)
+        run.estimate = self.estimates.of(run)
+        self.holding.add(run)
+        self._queue(run)
 
-    def _start(self, run: Run, reservation: str, delay_s: float) -> None:
+    def _queue(self, run: Run, first: bool = False) -> None:
+        """Into its line, unless its end or its way back is decided."""
+        self.holding.resting.discard(run)
+        if self.stopping or run.lost:
+            self.holding.hand_back(run)
+        elif not run.over:
+            self.lines.add(run, first)
+
+    def _let_go(self, jobs: list[Job]) -> None:
+        self.holding.let_go(jobs)
+        self.intake.stir()
+
+    # -- one call
+
+    def _start(self, run: Run, reservation: str, due: float) -> None:
         if run.over:  # given back while the limiter was asked
-            self._settle(run, reservation, "unused", None)
+            self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
             return
-        task = asyncio.get_running_loop().create_task(self._call(run, reservation, delay_s))
+        run.flying = True
+        task = asyncio.get_running_loop().create_task(self._call(run, reservation, due))
         self.flying[reservation] = (run, task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._landed, run, reservation))
 
-    async def _call(self, run: Run, reservation: str, delay_s: float) -> None:
-        due = time.monotonic() + delay_s
+    def _landed(self, run: Run, reservation: str, _: asyncio.Task[None]) -> None:
+        if reservation in self.flying:  # cancelled before its first step
+            del self.flying[reservation]
+            run.flying = False
+            self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
+            self.holding.hand_back(run)
+
+    async def _call(self, run: Run, reservation: str, due: float) -> None:
         called = False
         try:
+            delay_s = due - time.monotonic()
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
-            now = time.monotonic()
-            if now - due > LATE_S or self.stopping or not self._fresh(now) or run.over:
-                self._settle(run, reservation, "unused", None)
-                self._back_in_line(run)
+            if run.over or run.lost or time.monotonic() - due > LATE_S or not self._may_start():
+                self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
+                self._queue(run, first=True)
                 return
             called = True
             request = run.job.request
-            outcome = await self.upstream.call(request.endpoint, bytes(request.body))
+            outcome = await self.upstream.call(request.endpoint, request.body)
             verdict = classify(outcome, request.endpoint)
-            what = WHAT.get(verdict.kind, "other")
-            if verdict.kind is Kind.GATE:
-                what = GATES.get(outcome.status or 0, "funds")
-            tokens = outcome.usage.total_tokens if outcome.usage is not None else 0
-            self._settle(run, reservation, what, tokens, outcome.retry_after_s, outcome.status)
+            self.flusher.settle(run.model, settlements.of_call(reservation, run.estimate, outcome, verdict))
             if outcome.usage is not None:
                 self.estimates.learn(run, outcome.usage)
             self._judge(run, outcome, verdict)
         except asyncio.CancelledError:
             # Its batch was cancelled, or the drain's time is over.
-            self._settle(run, reservation, "other" if called else "unused", None)
-            self._hand_back(run, 0.0)
+            end = settlements.broken_off(reservation) if called else settlements.unused(reservation, run.estimate)
+            self.flusher.settle(run.model, end)
+            self.holding.hand_back(run)
+        except Exception as error:
+            # A fault of ours, which the next call of this job would meet again, paid for again.
+            log.error("call_died", job=run.job.job_id, error=type(error).__name__, exc_info=error)
+            self.flusher.settle(run.model, settlements.broken_off(reservation))
+            outcome = Outcome(started_at=time.time(), error="internal_error", sent=called)
+            self._finish(run, outcome, Verdict(Kind.FAILED, "internal_error", maybe_billed=called))
         finally:
-            self.flying.pop(reservation, None)
-            self._room.set()
-
-    def _settle(
-        self,
-        run: Run,
-        reservation: str,
-        what: str,
-        tokens: int | None,
-        retry_after_s: float | None = None,
-        status: int | None = None,
-    ) -> None:
-        back = 0
-        if tokens:
-            back = run.estimate - tokens
-        elif what in ("unused", "refused"):
-            back = run.estimate
-        self.flusher.settle(run.model, Settlement(reservation, what, back, retry_after_s, status))
+            del self.flying[reservation]
+            run.flying = False
 
     # -- after the call
 
@@ -305,7 +197,7 @@ class Engine:
             return
         if kind is Kind.GATE:
             run.add(outcome, verdict, self.account, 0.0)
-            self._back_in_line(run)
+            self._queue(run, first=True)
             return
         if kind is Kind.REFUSED:
             run.refusals += 1
@@ -317,60 +209,33 @@ class Engine:
                 return
             wait_s = backoff(run.counted + 1, random.random, outcome.retry_after_s)
         run.add(outcome, verdict, self.account, wait_s)
-        if self.stopping or wait_s > LONG_WAIT_S:
-            self._hand_back(run, wait_s)
+        if self.stopping or run.lost or wait_s > LONG_WAIT_S:
+            self.holding.hand_back(run, wait_s)
         else:
             run.ready_at = time.monotonic() + wait_s
-            asyncio.get_running_loop().call_later(wait_s, self._enqueue, run)
+            self.holding.resting.add(run)
+            asyncio.get_running_loop().call_later(wait_s, self._queue, run)
 
     def _finish(self, run: Run, outcome: Outcome, verdict: Verdict) -> None:
-        run.over = True
-        run.add(outcome, verdict, self.account, 0.0)
-        self.flusher.end(run.end(outcome, verdict, self._compress))
-
-    def _hand_back(self, run: Run, wait_s: float) -> None:
-        """To the store, once; from here on nothing in this process starts the job."""
-        if not run.over:
-            run.over = True
-            self.flusher.give_back(run.job, wait_s, run.attempts_json())
-
-    def _back_in_line(self, run: Run) -> None:
         if run.over:
             return
-        if self.stopping:
-            self._hand_back(run, 0.0)
+        run.add(outcome, verdict, self.account, 0.0)
+        if run.lost and verdict.kind is not Kind.SUCCEEDED:
+            self.holding.hand_back(run)  # only a paid answer is taken from one who lost the lease
             return
-        line = self._lines[run.model]
-        line.waiting.appendleft(run)
-        line.wake.set()
+        end = run.end(outcome, verdict, self._compress)
+        run.over = True
+        self.flusher.end(end)
 
-    def _on_settled(self) -> None:
-        for line in self._lines.values():
-            line.wake.set()
-
-    def _let_go(self, jobs: list[Job]) -> None:
-        """These jobs are no longer held here."""
-        for job in jobs:
-            run = self._runs.pop(job.job_id, None)
-            if run is not None and (held := self.held.get(job.token)) is not None:
-                held.discard(run)
-                if not held:
-                    del self.held[job.token]
-        self._room.set()
+    def _write_back(self, run: Run, wait_s: float) -> None:
+        self.flusher.give_back(run.job, wait_s, run.attempts_json())
 
     # -- leases and the end
 
     def lease_lost(self, tokens: set[str]) -> None:
         """Somebody else has these slices: what waits is dropped, what flies goes on."""
-        flying = {id(run) for run, _ in self.flying.values()}
-        for token in tokens:
-            for run in self.held.pop(token, set()):
-                self._runs.pop(run.job.job_id, None)
-                run.over = run.over or id(run) not in flying
-        for line in self._lines.values():
-            line.waiting = deque(run for run in line.waiting if not run.over)
-        if tokens:
-            log.warning("leases_lost", slices=len(tokens))
+        self.holding.lose(tokens)
+        self.lines.sift()
 
     def abort(self, tokens: set[str]) -> None:
         """The batches of these slices are over: calls in flight are broken off, the rest given back."""
@@ -383,21 +248,20 @@ class Engine:
         """Gives back every job that is not in flight."""
         self._give_back(lambda run: True)
 
-    def _give_back(self, which: Callable[[Run], bool]) -> None:
-        flying = {id(run) for run, _ in self.flying.values()}
-        now = time.monotonic()
-        for run in list(self._runs.values()):
-            if not run.over and id(run) not in flying and which(run):
-                self._hand_back(run, max(0.0, run.ready_at - now))
-        for line in self._lines.values():
-            line.waiting = deque(run for run in line.waiting if not run.over)
+    def _model_shut(self, model: str, seconds: float) -> None:
+        """Nobody may call this model for a while: others may have its jobs, after `seconds`."""
+        self._give_back(lambda run: run.model == model, seconds)
+
+    def _give_back(self, which: Callable[[Run], bool], least_s: float = 0.0) -> None:
+        self.holding.give_back(which, least_s)
+        self.lines.sift()
 
     def stop(self) -> None:
         """No more claims and no more starts; what waits is given back."""
         if self.stopping:
             return
         self.stopping = True
-        self._room.set()
+        self.intake.stop()
         self.give_back_waiting()
 
     async def drain(self, seconds: float) -> None:
@@ -411,16 +275,18 @@ class Engine:
             task.cancel()
         if left:
             log.warning("drain_ran_out", calls_broken_off=len(left))
-            await asyncio.wait(left, timeout=5)
+            await asyncio.wait(left, timeout=BREAK_OFF_S)
         self.give_back_waiting()
         try:
-            await asyncio.wait_for(self.flusher.flushed(), 10)
+            await asyncio.wait_for(self.flusher.flushed(), WRITE_S)
         except TimeoutError:
             log.error("drain_could_not_write")
 
     async def close(self) -> None:
         """Ends every task of the engine."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            # Again and again: a cancellation that meets the end of a command is lost in redis-py.
+            await asyncio.wait(self._tasks, timeout=0.2)
         await self.upstream.aclose()

@@ -48,11 +48,13 @@ class Heartbeat:
 
     async def _beat(self, began: float) -> None:
         engine = self._engine
-        tokens = list(engine.held)
+        tokens = list(engine.holding.tokens)
         if tokens:
             lost, closing = await leases.renew(self._client, tokens)
-            engine.lease_lost(lost)
-            engine.abort(closing)
+            if lost:
+                engine.lease_lost(lost)
+            if closing:
+                engine.abort(closing)
         seconds, microseconds = await self._client.time()
         pipe = self._client.pipeline(transaction=False)
         by_model: dict[str, list[str]] = {}
@@ -78,7 +80,7 @@ class Heartbeat:
                 "upstream": urlsplit(engine.settings.base_url).netloc,
                 "account": engine.account,
                 "in_flight": len(engine.flying),
-                "held": sum(map(len, engine.held.values())),
+                "held": len(engine.holding),
                 "bounds": engine.bounds,
                 "stopping": engine.stopping,
                 "started_at": self._started,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from jobs.leases import End, Job
-from jobs.results import About, Attempt, Failure, Usage, failure_payload, success_payload
+from jobs.results import NO_BODY, About, Attempt, Failure, Usage, failure_payload, success_payload
+from worker.answers import NOT_JSON
 from worker.outcome import Outcome
 from worker.verdict import Kind, Verdict
 
@@ -33,7 +34,8 @@ _decode_fields = msgspec.json.Decoder(Fields).decode
 class Run:
     """A job held by this worker.
 
-    `ready_at` is the monotonic time before which it is not called; `over` says that its end or its way back is decided.
+    `ready_at` is the monotonic time before which it is not called; `flying` says that a reservation for it is held,
+    `lost` that its lease is another's, `over` that its end or its way back is decided.
     """
 
     job: Job
@@ -43,6 +45,8 @@ class Run:
     refusals: int = 0
     ready_at: float = 0.0
     estimate: int = 0
+    flying: bool = False
+    lost: bool = False
     over: bool = False
 
     @classmethod
@@ -50,7 +54,7 @@ class Run:
         """A claimed job, with the attempts an earlier holder left."""
         try:
             fields = _decode_fields(job.request.body)
-        except msgspec.MsgspecError:
+        except NOT_JSON:
             fields = Fields()  # the upstream will say what is wrong with it
         run = cls(job, fields.model or default_model, fields.max_completion_tokens or fields.max_tokens)
         if job.attempts:
@@ -112,6 +116,7 @@ _MESSAGES = {
     "empty_answer": "the answer held no content and no tool call",
     "degenerate_answer": "the answer was cut off because it repeated itself",
     "invalid_response": "the upstream's answer was not a whole, valid response",
+    "internal_error": "mimoq could not handle this call or its answer; the worker's log says more",
 }
 
 
@@ -123,13 +128,13 @@ def _failure(outcome: Outcome, verdict: Verdict) -> Failure:
     return Failure(code=verdict.code, message=message, status=outcome.status, body=body)
 
 
-def _as_json(body: bytes | None) -> msgspec.Raw | None:
+def _as_json(body: bytes | None) -> msgspec.Raw:
     """An error body as JSON: as it came when it is JSON, else its text as a string."""
     if body is None:
-        return None
+        return NO_BODY
     try:
         msgspec.json.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except NOT_JSON:
         return msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
     return msgspec.Raw(body)
 
@@ -145,7 +150,5 @@ class _ErrorBody(msgspec.Struct):
 def _upstream_message(body: bytes | None) -> str:
     try:
         return msgspec.json.decode(body or b"", type=_ErrorBody).error.message[:MESSAGE_CHARS]
-    except (msgspec.MsgspecError, RecursionError):
+    except NOT_JSON:
         return ""
-
-

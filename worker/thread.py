@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import structlog
 import uvloop
 from celery import Celery
+from celery.worker import state
 
 from jobs.broker import Bell, results_url
 from jobs.connections import connect_async
@@ -37,6 +39,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._over = asyncio.Event()
+        self.died = False
         self._thread = threading.Thread(target=self._run, name="mimoq-engine", daemon=True)
         self.worker_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
@@ -54,14 +57,20 @@ class EngineThread:
         except BaseException as error:
             self._failure = error
             log.error("engine_died", error=type(error).__name__, exc_info=error)
+            self._die()
         finally:
             self._ready.set()
+
+    def _die(self) -> None:
+        """Ends the worker, by Celery's warm shutdown: one without an engine would answer rings for nothing."""
+        self.died = True
+        state.should_stop = os.EX_SOFTWARE
 
     async def _main(self) -> None:
         client = connect_async(self._redis_url)
         elsewhere = results_url(self._settings, self._redis_url)
         results = connect_async(elsewhere) if elsewhere != self._redis_url else None
-        engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id)
+        engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._die)
         heartbeat = Heartbeat(client, engine, self._lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
@@ -73,9 +82,9 @@ class EngineThread:
         finally:
             await engine.close()
             await heartbeat.leave()
-            await client.aclose()
+            await client.aclose(close_connection_pool=True)
             if results is not None:
-                await results.aclose()
+                await results.aclose(close_connection_pool=True)
 
     def _call(self, make: Callable[[Engine], Awaitable[Any]]) -> Any:
         """Runs a coroutine of the engine in its loop and waits for its result."""

@@ -14,6 +14,9 @@
 
 --!include common.lua
 
+-- A claim that is sent again gets nothing: what it took the first time is given back when its lease runs out.
+if redis.call('EXISTS', prefix .. 'lease:' .. ARGV[2] .. '.0') == 1 then return {} end
+
 local wanted = tonumber(ARGV[4])
 local slices = {}
 

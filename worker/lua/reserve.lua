@@ -45,7 +45,9 @@ local function bucket(limit, level)
   local burst = math.max(1, limit * 0.01)
   local rate = math.max(limit - burst - 1, 0.9 * (limit + 1 - burst)) / 60
   if not level then return burst, rate end
-  return math.min(burst, tonumber(level) + rate * math.max(0, now - tonumber(record[3] or now))), rate
+  -- A debt is worked off within a minute, whatever usage an upstream reports.
+  level = math.max(tonumber(level), -limit)
+  return math.min(burst, level + rate * math.max(0, now - tonumber(record[3] or now))), rate
 end
 
 local requests, request_rate = bucket(ARGV[1], record[1])
