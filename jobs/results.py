@@ -17,6 +17,9 @@ import msgspec
 #: What Celery puts before a compressed result (`celery.backends.base.COMPRESSED_PAYLOAD_MAGIC`) and the type's name.
 MAGIC = b"\x00celery-compressed\x00"
 GZIP = MAGIC + b"application/x-gzip\x00"
+#: Stands for a body that is not there: msgspec can't read a `Raw | None`, and writes an empty `Raw` as no JSON at all.
+NO_BODY_JSON = b"null"
+NO_BODY = msgspec.Raw(NO_BODY_JSON)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -57,12 +60,12 @@ class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a job failed: our code, and the upstream's status and body where there was one."""
+    """Why a job failed: our code, and the upstream's status and body where there was one, else `null`."""
 
     code: str
     message: str
     status: int | None = None
-    body: msgspec.Raw | None = None
+    body: msgspec.Raw = NO_BODY
 
 
 class About(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -136,7 +139,7 @@ def decode_result(payload: bytes) -> StoredResult:
         if payload.startswith(GZIP):
             payload = zlib.decompress(payload[len(GZIP) :])
         return _decode(payload)
-    except (zlib.error, msgspec.MsgspecError) as error:
+    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
 
 
@@ -166,7 +169,7 @@ def output_line(job_id: str, custom_id: str | None, stored: StoredResult | None)
         }
     elif about is not None and about.error is not None:
         failure = about.error
-        if failure.status is not None and failure.body is not None:
+        if failure.status is not None and bytes(failure.body) != NO_BODY_JSON:
             response = {
                 "status_code": failure.status,
                 "request_id": about.request_id,

@@ -19,6 +19,8 @@ def main() -> NoReturn:
         from producers import cli
 
         status = cli.main(prepared)
+    except KeyboardInterrupt:  # while all this is being imported
+        status = 130
     finally:
         prepared.end()
     sys.exit(status)
