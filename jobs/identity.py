@@ -40,7 +40,10 @@ def queue(lane: str, upstream: str) -> str:
     return f"mimoq.{SIMULATED}.{lane}" if upstream == SIMULATED else f"mimoq.{lane}"
 
 
-def run_identity(content: str, endpoint: str, model: str | None, upstream: str) -> str:
-    """What makes two runs the same batch: input content, endpoint, model and upstream; 16 hex digits."""
-    text = "\n".join(("run", content, endpoint, model or "", upstream))
+def run_identity(content: str, bad: int, endpoint: str, model: str | None, upstream: str) -> str:
+    """What makes two runs the same batch: input content, endpoint, model and upstream; 16 hex digits.
+
+    The number of bad lines is part of it, because it changes which jobs the same content makes.
+    """
+    text = "\n".join(("run", content, str(bad), endpoint, model or "", upstream))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -326,7 +326,8 @@ class Store:
     def set_max_attempts(self, batch_id: str, max_attempts: int) -> None:
         """Changes how often the jobs of a batch are called at most; holds for slices claimed from now on."""
         with redis_errors():
-            self.client.hset(keys.batch(batch_id), "max_attempts", max_attempts)
+            if self.client.exists(keys.batch(batch_id)):  # half a record of a batch that is no longer kept helps nobody
+                self.client.hset(keys.batch(batch_id), "max_attempts", max_attempts)
 
     def requeue_failed(self, batch_id: str) -> int:
         """Queues the failed jobs of a batch again; returns how many."""

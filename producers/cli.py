@@ -144,7 +144,7 @@ def validate(source: Input, endpoint: Endpoint = CHAT, model: Model = None, data
     """Judge a file of requests and submit nothing."""
     from jobs.errors import UsageError
     from producers.reader import Defaults
-    from producers.run import judge, opened_input, say
+    from producers.source import judge, opened_input, say
 
     settings = _settings(model=model, data_dir=data_dir)
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
@@ -179,7 +179,7 @@ def submit(
     """Queue a file of requests for workers; prints the batch id alone."""
     from producers.producer import Producer
     from producers.reader import Defaults, requests
-    from producers.run import judge, opened_input
+    from producers.source import judge, opened_input
 
     settings = _settings(model=model, data_dir=data_dir)
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
@@ -256,7 +256,7 @@ def results(
 def cancel(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: DataDir = None) -> int:
     """Cancel a batch: queued jobs at once, those in flight within seconds; answers that came are kept."""
     from producers.connection import Connection
-    from producers.run import say
+    from producers.source import say
 
     connection = Connection(_settings(data_dir=data_dir))
     try:

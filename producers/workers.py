@@ -106,6 +106,11 @@ class Workers:
                 child.kill()
 
     @property
+    def begun(self) -> bool:
+        """Whether any have been let take jobs."""
+        return self._count > 0
+
+    @property
     def alive(self) -> int:
         """Processes that run."""
         return sum(child.poll() is None for child in self._children)

@@ -25,6 +25,9 @@ from jobs.settings import load_settings
 from worker import tasks
 from worker.thread import EngineThread
 
+#: The lane of each queue.
+QUEUES = {identity.queue(lane, label): lane for lane in LANES for label in ("", identity.SIMULATED)}
+
 log = structlog.get_logger("worker")
 
 
@@ -42,9 +45,8 @@ def _create() -> tuple[Celery, EngineThread, EmbeddedServer | None]:
     finally:
         client.close()
     celery = make_app(settings, redis_url)
-    queues = {identity.queue(lane, label): lane for lane in LANES for label in ("", identity.SIMULATED)}
-    engine = EngineThread(celery, settings, redis_url, sorted(set(queues.values())))
-    tasks.register(celery, engine, queues)
+    engine = EngineThread(celery, settings, redis_url)
+    tasks.register(celery, engine, QUEUES)
     return celery, engine, server
 
 
@@ -70,6 +72,9 @@ def _start(**_: Any) -> None:
 @signals.worker_ready.connect(weak=False)
 def _ready(sender: Any = None, **_: Any) -> None:
     _hear_signals_at_once(getattr(sender, "hub", None))
+    engine.lanes[:] = sorted({QUEUES[name] for name in app.amqp.queues.consume_from if name in QUEUES})
+    if load_settings().api_key is None:
+        log.warning("no_api_key", hint="set MIMOQ_API_KEY, or the upstream will refuse the calls")
     log.info("worker_ready", worker=engine.worker_id)
 
 

@@ -29,11 +29,11 @@ log = structlog.get_logger("worker")
 class EngineThread:
     """Runs one engine with its flusher, heartbeat and reaper, until `drain`."""
 
-    def __init__(self, app: Celery, settings: Settings, redis_url: str, lanes: list[str]) -> None:
+    def __init__(self, app: Celery, settings: Settings, redis_url: str) -> None:
         self._app = app
         self._settings = settings
         self._redis_url = redis_url
-        self._lanes = lanes
+        self.lanes: list[str] = []  # whose rings it hears, as the heartbeat tells; none until Celery is ready
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,7 +71,7 @@ class EngineThread:
         elsewhere = results_url(self._settings, self._redis_url)
         results = connect_async(elsewhere) if elsewhere != self._redis_url else None
         engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._die)
-        heartbeat = Heartbeat(client, engine, self._lanes)
+        heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
         engine.spawn(Reaper(client, Bell(self._app), self.worker_id).run())

@@ -1,0 +1,196 @@
+"""Watching a batch of a run: rows written as its jobs end, workers kept alive, the key and the store looked after."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from jobs import identity
+from jobs.errors import KeyRefused, StoreUnavailable
+from jobs.settings import PREFIX, Settings
+from jobs.states import BatchState
+from jobs.workers import gate_of, live_workers, open_gate
+from producers.connection import Connection
+from producers.follow import Follower, Listener
+from producers.interrupts import Interrupts
+from producers.progress import Display, Rates, View
+from producers.rows import Rows
+from producers.simulation import Simulation
+from producers.source import say
+from producers.workers import Workers
+
+#: Seconds between looks at workers, gates and the display.
+TICK_S = 0.25
+#: Seconds a wait for a message lasts at most, so that signals are seen.
+LISTEN_S = 0.1
+#: Seconds a run waits for a store that is away.
+PATIENCE_S = 60.0
+#: Rows written to the output files together.
+WRITE_ROWS = 200
+#: Reasons of a gate that end a run whose first calls met it.
+REFUSALS = ("key_refused", "forbidden")
+
+
+class Patience:
+    """How long a run waits for a store that is away, and what it says meanwhile."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._since: float | None = None
+
+    def found(self) -> None:
+        """The store answers."""
+        if self._since is not None:
+            self._since = None
+            say("the store answers again")
+
+    def lost(self, error: StoreUnavailable) -> None:
+        """It does not. Raises the error after `PATIENCE_S`, or `EmbeddedServerError` when ours is given up."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            say(f"waiting for the store: {error}")
+        elif now - self._since > PATIENCE_S:
+            raise error
+        if self._connection.server is not None:
+            self._connection.server.ensure()
+
+
+class Watch:
+    """Watches one batch until it is finished or the user has had enough.
+
+    `workers` are the run's own, begun or not; `simulation` its simulator, if any. `status` is the last look.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: Settings,
+        batch_id: str,
+        rows: Rows,
+        workers: Workers,
+        simulation: Simulation | None,
+        interrupts: Interrupts,
+    ) -> None:
+        self._connection = connection
+        self._rows = rows
+        self._workers = workers
+        self._simulation = simulation
+        self._interrupts = interrupts
+        self._account = identity.account_of(settings)
+        self._label = identity.label(connection.settings)
+        self._rates = Rates()
+        if simulation is None:
+            open_gate(connection.client, self._account)  # every run may try its key at once
+        self.status = self._first = connection.store.status(batch_id)
+        self._follower = Follower(connection.store, batch_id, rows.written)
+
+    def watch(self, shown: Display) -> bool:
+        """Whether the batch is finished and all its rows are written; False after Ctrl-C.
+
+        Raises `KeyRefused`, or whatever ends a run before its time: a full disk, a store or workers that stay away.
+        """
+        interrupts, store, batch_id = self._interrupts, self._connection.store, self.status.batch_id
+        interrupts.following = True
+        if not self._workers.begun and self.status.state is not BatchState.FINISHED:
+            self._look_for_workers()
+        next_tick = 0.0
+        patience = Patience(self._connection)
+        with contextlib.closing(shown), Listener(store, batch_id) as listener:
+            while True:
+                leaving = bool(interrupts.count) and self._leave()
+                written = more = False
+                try:
+                    self.status = store.status(batch_id)
+                    if self.status.state is BatchState.FINISHED:
+                        self._workers.stop()  # they end while the last rows are written
+                    # What had ended by the look above is read below, so a finished batch leaves nothing behind.
+                    written = self._write()
+                    more = not written
+                    now = time.monotonic()
+                    if now >= next_tick:
+                        next_tick = now + TICK_S
+                        self._keep_alive()
+                        shown.show(self._view(now))
+                        self._check_key()
+                    patience.found()
+                except StoreUnavailable as error:
+                    patience.lost(error)
+                if leaving and (written or interrupts.count > 1):
+                    return False
+                if self.status.state is BatchState.FINISHED and written:
+                    shown.show(self._view(time.monotonic()))
+                    return True
+                if not more:
+                    listener.wait(LISTEN_S)
+
+    def _write(self) -> bool:
+        """Writes rows of jobs that have ended, for a tick at most; whether those were all."""
+        end = time.monotonic() + TICK_S
+        while (ended := self._follower.ready(WRITE_ROWS)) is not None:
+            self._rows.write(ended)
+            if time.monotonic() > end:
+                return False
+        return True
+
+    def _keep_alive(self) -> None:
+        if self._connection.server is not None:
+            self._connection.server.ensure()
+        self._workers.ensure()
+        if self._simulation is not None:
+            self._simulation.check()
+
+    def _look_for_workers(self) -> None:
+        alive = [worker for worker in live_workers(self._connection.client) if "bulk" in worker.lanes]
+        if any(worker.label == self._label for worker in alive):
+            return
+        if alive:
+            others = ", ".join(sorted({worker.upstream for worker in alive}))
+            say(f"no live worker calls this upstream (those alive call {others}); start one, or give --workers 1")
+        else:
+            say("no live worker: start one with `mimoq worker`, or give --workers 1; waiting")
+
+    def _view(self, now: float) -> View:
+        status = self.status
+        mine = [worker for worker in live_workers(self._connection.client) if worker.label == self._label]
+        jobs_per_s, tokens_per_min = self._rates.add(status.ended, status.usage.total_tokens, now)
+        left = status.total - status.ended
+        gate = gate_of(self._connection.client, self._account)
+        held_back = ", ".join(sorted({bound for worker in mine for bound in worker.bounds}))
+        if gate is not None:
+            held_back = f"gate: {gate.reason}, next probe in {max(0.0, gate.until - time.time()):.0f} s"
+        if not mine:
+            held_back = "no worker yet"
+        return View(
+            status,
+            sum(worker.in_flight for worker in mine),
+            jobs_per_s,
+            tokens_per_min,
+            left / jobs_per_s if jobs_per_s > 0 else None,
+            held_back,
+        )
+
+    def _check_key(self) -> None:
+        """Ends the run when its first calls are refused for the key; no job has failed for it."""
+        if self._simulation is not None or self.status.succeeded > self._first.succeeded:
+            return
+        gate = gate_of(self._connection.client, self._account)
+        if gate is not None and gate.reason in REFUSALS:
+            self._workers.end()
+            self.status = self._connection.store.status(self.status.batch_id)
+            raise KeyRefused(
+                f"the upstream refuses the API key ({gate.status}): no job failed for it; "
+                f"set another {PREFIX}API_KEY and run the same command again"
+            )
+
+    def _leave(self) -> bool:
+        """After Ctrl-C: whether it is time to go. Once: calls in flight end first. Twice: at once."""
+        if not self._workers.begun:
+            return True
+        if self._interrupts.count > 1:
+            self._workers.kill()
+            return True
+        if not self._workers.stopping:
+            say("stopping: calls in flight get up to 30 s to end; Ctrl-C again to leave now")
+            self._workers.stop()
+        return self._workers.alive == 0

@@ -1,0 +1,294 @@
+"""The reaper with a real Valkey; its own clock, by which it notices gaps, is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from jobs import keys, leases
+from jobs.connections import connect
+from jobs.errors import StoreUnavailable
+from jobs.states import BatchState
+from jobs.store import NewBatch, Store
+from tests.integration.store_model import ending, redis_time, requests, run, wait_until
+from tests.waiting import wait_for
+from worker import reaper as module
+from worker.reaper import GAP_S, LOCK_S, ROUND_S, Reaper
+
+SHORT_S = 0.02
+
+
+class FakeBell:
+    """Remembers rings; `depths` says what waits on a lane."""
+
+    def __init__(self) -> None:
+        self.rung: list[tuple[str, str, str, int]] = []
+        self.depths: dict[str, int] = {}
+        self.error: Exception | None = None
+
+    def depth(self, lane: str, upstream: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return self.depths.get(lane, 0)
+
+    def ring(self, batch_id: str, lane: str, upstream: str, times: int) -> None:
+        self.rung.append((batch_id, lane, upstream, times))
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    client = connect(store_url)
+    yield Store(client)
+    client.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The reaper's own clock; `now` may be set."""
+    fake = SimpleNamespace(now=1_000_000.0)
+    fake.time = lambda: fake.now
+    monkeypatch.setattr(module, "time", fake)
+    return fake
+
+
+def reaping(url: str, work: Callable[[Any, Any], Awaitable[None]]) -> FakeBell:
+    """Runs `work(make, client)`, where `make(worker id)` is a reaper; the bell they share."""
+    bell = FakeBell()
+
+    async def main(client: Any) -> None:
+        await work(lambda worker_id: Reaper(client, bell, worker_id), client)  # type: ignore[arg-type] # a fake bell
+
+    run(main, url)
+    return bell
+
+
+async def turns(reaper: Reaper, clock: SimpleNamespace, seconds: float) -> None:
+    """Turns of the reaper for so long by its own clock."""
+    for _ in range(round(seconds / ROUND_S)):
+        await turn(reaper)
+        clock.now += ROUND_S
+
+
+async def turn(reaper: Reaper) -> bool:
+    chosen = await reaper.turn()
+    if reaper.ringing is not None:
+        await reaper.ringing
+    return chosen
+
+
+def lose_a_lease(store: Store, url: str) -> None:
+    """Jobs are claimed by a worker that dies."""
+    assert run(lambda client: leases.claim(client, "dead", "bulk", [""], 3, SHORT_S), url)
+    wait_until(store.client, redis_time(store.client) + SHORT_S)
+
+
+def test_what_a_dead_worker_held_is_free_again(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+    lose_a_lease(store, store_url)
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turns(reaper, clock, GAP_S)
+        assert store.status(batch_id).running == 3, "one that has just started leaves live workers time to renew"
+        await turn(reaper)
+        assert store.status(batch_id).running == 0
+        jobs = await leases.claim(client, "w", "bulk", [""], 3)
+        assert [(job.index, job.crashes) for job in jobs] == [(0, 1), (1, 1), (2, 1)]
+
+    bell = reaping(store_url, work)
+    assert bell.rung == [(batch_id, "bulk", "", 1)], "once ready, it rang"
+
+
+@pytest.mark.parametrize("jump", [GAP_S, 3600.0, -10.0])
+def test_after_a_gap_it_waits_one_lease(store: Store, store_url: str, clock: SimpleNamespace, jump: float) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turns(reaper, clock, GAP_S + 1)
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        clock.now += jump
+        await turns(reaper, clock, leases.LEASE_S)
+        assert store.status(batch_id).running == 3
+        await turn(reaper)
+        assert store.status(batch_id).running == 0
+
+    reaping(store_url, work)
+
+
+def test_one_that_never_reaped_notices_a_gap_too(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+    """After an outage the lock is free, and whoever comes first gets it."""
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        await client.set(keys.REAPER, "another")
+        reaper = make("w")
+        await turns(reaper, clock, 20)
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        assert not await turn(reaper)
+        await client.delete(keys.REAPER)
+        clock.now += 30
+        assert await turn(reaper)
+        assert store.status(batch_id).running == 3
+        await turns(reaper, clock, leases.LEASE_S + 1)
+        assert store.status(batch_id).running == 0
+
+    reaping(store_url, work)
+
+
+def test_a_new_holder_of_the_lock_does_not_wait_without_need(
+    store: Store, store_url: str, clock: SimpleNamespace
+) -> None:
+    """It reaped long ago, and has heard of Redis ever since."""
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turns(reaper, clock, 10)
+        await client.set(keys.REAPER, "another")
+        await turns(reaper, clock, 60)
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        await client.delete(keys.REAPER)
+        assert await turn(reaper)
+        assert store.status(batch_id).running == 0
+
+    reaping(store_url, work)
+
+
+def test_one_reaps_and_another_takes_over(store: Store, store_url: str) -> None:
+    async def work(make: Any, client: Any) -> None:
+        first, second = make("first"), make("second")
+        assert [await turn(first), await turn(second), await turn(first)] == [True, False, True]
+        assert 0 < await client.pttl(keys.REAPER) <= LOCK_S * 1000
+        await client.pexpire(keys.REAPER, 1)
+        await asyncio.to_thread(wait_for, lambda: not store.client.exists(keys.REAPER))
+        assert [await turn(second), await turn(first)] == [True, False]
+
+    reaping(store_url, work)
+
+
+def test_it_keeps_its_lock_while_redis_is_out_of_memory(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turns(reaper, clock, GAP_S + 1)
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        store.client.config_set("maxmemory", 1)
+        try:
+            assert await turn(reaper)
+        finally:
+            store.client.config_set("maxmemory", 0)
+        assert store.status(batch_id).running == 0
+
+    reaping(store_url, work)
+
+
+def test_it_rings_silent_queues_only(store: Store, store_url: str) -> None:
+    ids = [
+        store.submit(requests(120), NewBatch(lane=lane, label=label))[0]
+        for lane, label in (("bulk", ""), ("interactive", ""), ("bulk", "simulate"))
+    ]
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turn(reaper)
+
+    bell = FakeBell()
+    bell.depths["interactive"] = 1
+
+    async def main(client: Any) -> None:
+        await turn(Reaper(client, bell, "w"))  # type: ignore[arg-type] # a fake bell
+
+    run(main, store_url)
+    assert sorted(bell.rung) == sorted([(ids[0], "bulk", "", 3), (ids[2], "bulk", "simulate", 3)])
+
+
+def test_a_broker_that_is_away_hinders_nothing_else(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+    batch_id, *_ = store.submit(requests(53), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        bell = FakeBell()
+        bell.error = StoreUnavailable("the broker does not answer")
+        reaper = Reaper(client, bell, "w")  # type: ignore[arg-type] # a fake bell
+        await turns(reaper, clock, GAP_S + 1)
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        await turn(reaper)
+        assert store.status(batch_id).running == 0
+
+    reaping(store_url, work)
+
+
+def test_deadlines_expire_batches(store: Store, store_url: str) -> None:
+    """Its waiting jobs end at once, those in flight by their own ends."""
+    batch_id, *_ = store.submit(requests(3_000), NewBatch(deadline_s=SHORT_S, slice_size=100))
+    jobs = run(lambda client: leases.claim(client, "w", "bulk", [""], 2), store_url)
+    wait_until(store.client, redis_time(store.client) + SHORT_S)
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("w"))
+        status = store.status(batch_id)
+        assert (status.state, status.expired, status.running) == (BatchState.CANCELLING, 2_998, 2)
+        assert await leases.renew(client, [jobs[0].token]) == (set(), {jobs[0].token})
+        await leases.finish(client, batch_id, [ending(jobs[0], "s")])
+        await leases.give_back(client, batch_id, [(jobs[1], 0.0, b"")])
+        status = store.status(batch_id)
+        assert (status.state, status.expired, status.succeeded) == (BatchState.FINISHED, 2_999, 1)
+
+    assert reaping(store_url, work).rung == []
+    assert not store.client.exists(keys.CLOSING)
+
+
+def test_a_cancel_that_was_cut_is_swept_to_its_end(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(5_000), NewBatch(slice_size=100))
+    store.client.hset(keys.batch(batch_id), mapping={"state": "cancelling", "closing": "c"})
+    store.client.sadd(keys.CLOSING, batch_id)
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("w"))
+
+    reaping(store_url, work)
+    status = store.status(batch_id)
+    assert (status.state, status.cancelled) == (BatchState.FINISHED, 5_000)
+
+
+def test_due_retries_are_woken(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    (job,) = run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url)
+    run(lambda client: leases.give_back(client, batch_id, [(job, SHORT_S, b"")]), store_url)
+    assert run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url) == []
+    wait_until(store.client, redis_time(store.client) + SHORT_S)
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("w"))
+
+    assert reaping(store_url, work).rung == [(batch_id, "bulk", "", 1)]
+
+
+def test_it_goes_on_when_redis_is_back(store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUND_S", 0.001)
+
+    async def main(client: Any) -> None:
+        reaper = Reaper(client, FakeBell(), "w")  # type: ignore[arg-type] # a fake bell
+        failures = [RedisConnectionError("away"), OSError("away")]
+
+        async def turn() -> bool:
+            if failures:
+                raise failures.pop()
+            return await Reaper.turn(reaper)
+
+        monkeypatch.setattr(reaper, "turn", turn)
+        task = asyncio.create_task(reaper.run())
+        await asyncio.to_thread(wait_for, lambda: store.client.get(keys.REAPER) == b"w")
+        while not task.done():
+            # Until Python 3.12 `asyncio.wait_for`, within redis-py, may swallow a cancellation.
+            task.cancel()
+            await asyncio.wait([task], timeout=0.1)
+        assert task.cancelled()
+
+    run(main, store_url)

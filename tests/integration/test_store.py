@@ -1,0 +1,481 @@
+"""Submitting, reading and changing batches, with a real Valkey."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs import keys, leases
+from jobs.connections import connect
+from jobs.errors import Conflict, MimoqError, NotFound, StoreUnavailable
+from jobs.leases import Job
+from jobs.requests import CHAT, MESSAGES, Request
+from jobs.results import Usage
+from jobs.states import BatchState, JobState
+from jobs.store import STAGING_TTL_S, NewBatch, Store
+from tests.integration.store_model import ending, leftovers, redis_time, requests, run, wait_until
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    client = connect(store_url)
+    yield Store(client)
+    client.config_set("maxmemory", 0)
+    client.close()
+
+
+def claim(url: str, wanted: int, lane: str = "bulk", labels: tuple[str, ...] = ("",)) -> list[Job]:
+    found: list[Job] = run(lambda client: leases.claim(client, "w", lane, labels, wanted), url)
+    return found
+
+
+def finish(url: str, jobs: list[Job], letter: str = "s") -> list[str]:
+    async def work(client: Any) -> list[str]:
+        words = []
+        for job in jobs:
+            words += await leases.finish(client, job.batch_id, [ending(job, letter)])
+        return words
+
+    words: list[str] = run(work, url)
+    return words
+
+
+# -- submitting
+
+
+def test_a_batch_as_it_was_submitted(store: Store, store_url: str) -> None:
+    seen: list[int] = []
+    batch_id, jobs, created = store.submit(
+        requests(120), NewBatch(metadata='{"who":"me"}', max_attempts=3), seen.append
+    )
+    assert (jobs, created, seen) == (120, True, [])
+    status = store.status(batch_id)
+    assert (status.state, status.total, status.queued, status.running, status.ended) == (
+        BatchState.RUNNING,
+        120,
+        120,
+        0,
+        0,
+    )
+    assert (status.started_at, status.finished_at, status.slice_size, status.reason) == (None, None, 50, "")
+    assert status.usage == Usage()
+    assert store.client.ttl(keys.batch(batch_id)) == -1
+    assert store.client.ttl(keys.requests(batch_id)) == -1
+    assert store.kept_batches() == [batch_id]
+    found = claim(store_url, 50)
+    assert [job.index for job in found] == list(range(50))
+    assert [bytes(job.request.body) for job in found] == [request.body for request in requests(50)]
+    assert {(job.max_attempts, job.crashes, job.attempts, job.ttl_s) for job in found} == {(3, 0, b"", 30 * 86_400)}
+    assert found[7].job_id == f"{batch_id}-7"
+    assert store.status(batch_id).started_at is not None
+    assert store.job_state(batch_id, 0) is JobState.RUNNING
+    assert store.job_state(batch_id, 50) is JobState.QUEUED
+
+
+def test_large_requests_stand_by_themselves_and_come_back_whole(store: Store, store_url: str) -> None:
+    text = "".join(random.Random(1).choices(string.ascii_letters, k=200_000)).encode()
+    large = Request(MESSAGES, b'{"big":"' + text + b'"}', None)
+    mixed = [*requests(3), large, *requests(2), large]
+    batch_id, *_ = store.submit(mixed, NewBatch(slice_size=4))
+    assert store.client.hkeys(keys.requests(batch_id)) == [b"r3", b"0", b"r6", b"1"]
+    found = claim(store_url, 4) + claim(store_url, 4)
+    assert [(job.request.endpoint, bytes(job.request.body), job.request.custom_id) for job in found] == [
+        (request.endpoint, request.body, request.custom_id) for request in mixed
+    ]
+    read = store.requests(batch_id, [6, 0, 3, 5, 99], 4)
+    assert list(read) == [6, 0, 3, 5]
+    assert bytes(read[3].body) == large.body
+    assert bytes(read[5].body) == mixed[5].body
+    assert store.requests(batch_id, [], 4) == {}
+    store.client.hdel(keys.requests(batch_id), "r6", "0")
+    assert list(store.requests(batch_id, range(7), 4)) == [4, 5]
+
+
+def test_what_is_staged_expires_and_a_cut_submit_leaves_no_batch(store: Store) -> None:
+    ttls: list[int] = []
+
+    def cut() -> Iterator[Request]:
+        noise = random.Random(2)
+        for index in range(400):
+            yield Request(
+                CHAT, b'{"x":"%s"}' % "".join(noise.choices(string.ascii_letters, k=9_000)).encode(), f"c{index}"
+            )
+        (name,) = store.client.keys(keys.PREFIX + "staged:*")
+        ttls.append(store.client.ttl(name))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.submit(cut(), NewBatch())
+    assert STAGING_TTL_S - 60 < ttls[0] <= STAGING_TTL_S
+    assert store.client.keys("*") == []
+
+
+def test_requests_that_expired_half_way_make_no_batch(store: Store) -> None:
+    def slow() -> Iterator[Request]:
+        noise = random.Random(3)
+        for index in range(600):
+            if index == 300:
+                (name,) = store.client.keys(keys.PREFIX + "staged:*")
+                store.client.delete(name)
+            yield Request(
+                CHAT, b'{"x":"%s"}' % "".join(noise.choices(string.ascii_letters, k=9_000)).encode(), f"c{index}"
+            )
+
+    told: list[int] = []
+    with pytest.raises(StoreUnavailable, match="submit again"):
+        store.submit(slow(), NewBatch(identity="i"), told.append)
+    assert told
+    assert store.client.keys("*") == []
+
+
+def test_a_batch_needs_a_request(store: Store) -> None:
+    with pytest.raises(MimoqError, match="at least one"):
+        store.submit([], NewBatch())
+
+
+def test_an_identity_is_one_batch(store: Store, store_url: str) -> None:
+    first, *_ = store.submit(requests(2), NewBatch(identity="i", content="a", ttl_s=100))
+    assert store.submit(requests(2), NewBatch(identity="i", content="a")) == (first, 2, False)
+    with pytest.raises(Conflict, match=first):
+        store.submit(requests(3), NewBatch(identity="i", content="b"))
+    assert store.kept_batches() == [first]
+    assert store.batch_of_identity("i") == first
+    assert store.batch_of_identity("j") is None
+    assert not store.client.keys(keys.PREFIX + "staged:*")
+
+    store.forget_identity("i")
+    second, _, created = store.submit(requests(1), NewBatch(identity="i", content="a", ttl_s=100))
+    assert created
+    assert second != first
+    finish(store_url, [job for job in claim(store_url, 3) + claim(store_url, 3) if job.batch_id == first])
+    assert store.status(first).state is BatchState.FINISHED
+    assert store.client.ttl(keys.identity("i")) == -1, "it is the second batch's by now"
+
+
+def test_the_same_submit_again_changes_nothing(store: Store, store_url: str) -> None:
+    new = NewBatch(slice_size=2)
+    batch_id, *_ = store.submit(requests(4), new)
+    finish(store_url, claim(store_url, 2))
+    assert store.submit(requests(4), new) == (batch_id, 4, False)
+    assert store.status(batch_id).succeeded == 2
+
+
+def test_an_identity_whose_batch_has_gone_stands_for_nothing(store: Store) -> None:
+    first, *_ = store.submit(requests(1), NewBatch(identity="i", content="a"))
+    store.client.delete(keys.batch(first))
+    assert store.batch_of_identity("i") is None
+    assert store.submit(requests(1), NewBatch(identity="i", content="b"))[2]
+    assert first not in store.kept_batches()
+
+
+def test_answered_rows_are_never_handed_out(store: Store, store_url: str) -> None:
+    usage = Usage(10, 20, 3, 4, 30)
+    batch_id, *_ = store.submit(requests(6), NewBatch(answered=b"s\0sf", answered_usage=usage, slice_size=2))
+    status = store.status(batch_id)
+    assert (status.succeeded, status.failed, status.queued, status.usage) == (2, 1, 3, usage)
+    assert store.states(batch_id) == b"s\0sf"
+    assert store.job_state(batch_id, 3) is JobState.FAILED
+    assert [job.index for job in claim(store_url, 10)] == [1, 4, 5]
+    assert store.done(batch_id, 0) == []
+
+
+def test_a_batch_whose_rows_are_all_answered_is_over(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch(answered=b"sss", ttl_s=50))
+    assert store.status(batch_id).state is BatchState.FINISHED
+    assert 0 < store.client.ttl(keys.batch(batch_id)) <= 50
+    assert claim(store_url, 10) == []
+    assert leftovers(store.client) == set()
+
+
+def test_many_answered_rows_are_passed_over_in_one_claim(store: Store, store_url: str) -> None:
+    store.submit(requests(100_001), NewBatch(answered=b"s" * 100_000, slice_size=100))
+    assert [job.index for job in claim(store_url, 5)] == [100_000]
+    assert claim(store_url, 5) == []
+
+
+# -- reading
+
+
+def test_what_is_not_there(store: Store) -> None:
+    for ask in (
+        lambda: store.status("no"),
+        lambda: store.job_state("no", 0),
+        lambda: store.cancel("no"),
+    ):
+        with pytest.raises(NotFound, match="no"):
+            ask()
+    batch_id, *_ = store.submit(requests(2), NewBatch())
+    for index in (-1, 2):
+        with pytest.raises(NotFound):
+            store.job_state(batch_id, index)
+    assert store.results(batch_id, []) == []
+    assert store.results(batch_id, [0, 1]) == [None, None]
+    assert store.states(batch_id) == b""
+
+
+def test_batches_are_listed_newest_first_without_the_forgotten(store: Store) -> None:
+    ids = [store.submit(requests(1), NewBatch())[0] for _ in range(6)]
+    assert store.kept_batches() == ids[::-1]
+    assert store.kept_batches(2) == ids[:3:-1]
+    for batch_id in ids[3:5]:
+        store.client.delete(keys.batch(batch_id))
+    assert store.kept_batches(3) == [ids[5]]
+    assert store.kept_batches(3) == [ids[5], ids[2], ids[1]]
+    assert store.client.zcard(keys.BATCHES) == 4
+
+
+def test_the_states_of_single_jobs(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(4), NewBatch())
+    jobs = claim(store_url, 3)
+    finish(store_url, jobs[1:2])
+    finish(store_url, jobs[2:], "f")
+    found = store.states_of(batch_id, [3, 2, 1, 0])
+    assert found == [None, JobState.FAILED, JobState.SUCCEEDED, None]
+    assert store.states_of(batch_id, []) == []
+
+
+def test_the_maximum_of_attempts_can_be_changed(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(2), NewBatch(max_attempts=3))
+    store.set_max_attempts(batch_id, 9)
+    assert claim(store_url, 1)[0].max_attempts == 9
+    store.set_max_attempts("gone", 9)
+    assert not store.client.exists(keys.batch("gone"))
+
+
+def test_done_tells_ends_in_their_order(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(5), NewBatch())
+    jobs = claim(store_url, 5)
+    finish(store_url, [jobs[3], jobs[0], jobs[4]])
+    assert store.done(batch_id, 0) == [3, 0, 4]
+    assert store.done(batch_id, 1, 1) == [0]
+    assert store.done(batch_id, 3) == []
+
+
+def test_ends_are_told_on_the_batches_channel(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    jobs = claim(store_url, 1)
+    with store.subscribe(batch_id) as pubsub:
+        finish(store_url, jobs)
+        message = None
+        while message is None:
+            message = pubsub.get_message(timeout=5)
+        assert message["data"] == b"1"
+
+
+def test_the_last_job_that_is_reaped_from_a_cancelled_batch_is_told(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    run(lambda client: leases.claim(client, "w", "bulk", [""], 1, 0.01), store_url)
+    assert store.cancel(batch_id).state is BatchState.CANCELLING
+    with store.subscribe(batch_id) as pubsub:
+        wait_until(store.client, redis_time(store.client) + 0.02)
+        run(leases.reap, store_url)
+        message = None
+        while message is None:
+            message = pubsub.get_message(timeout=5)
+    assert store.status(batch_id).state is BatchState.FINISHED
+
+
+# -- changing
+
+
+def test_cancelling_a_large_batch(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(5_000), NewBatch(slice_size=500))
+    jobs = claim(store_url, 3)
+    status = store.cancel(batch_id)
+    assert (status.state, status.cancelled, status.running, status.queued) == (BatchState.CANCELLING, 4_997, 3, 0)
+    assert claim(store_url, 3) == []
+    assert finish(store_url, jobs) == ["ended"] * 3
+    status = store.status(batch_id)
+    assert (status.state, status.succeeded, status.cancelled) == (BatchState.FINISHED, 3, 4_997)
+    assert store.cancel(batch_id).state is BatchState.FINISHED
+    assert sorted(store.done(batch_id, 0, 10_000)) == list(range(5_000))
+    assert leftovers(store.client) == set()
+
+
+def test_failed_jobs_are_queued_again_by_wish_alone(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(5), NewBatch(slice_size=2, ttl_s=100, identity="i"))
+    jobs = claim(store_url, 5)
+    finish(store_url, jobs[:3], "f")
+    finish(store_url, jobs[3:])
+    assert store.status(batch_id).state is BatchState.FINISHED
+    assert store.client.ttl(keys.identity("i")) > 0
+    assert store.requeue_failed(batch_id) == 3
+    status = store.status(batch_id)
+    assert (status.state, status.queued, status.failed, status.finished_at) == (BatchState.RUNNING, 3, 0, None)
+    for name in (keys.batch(batch_id), keys.states(batch_id), keys.requests(batch_id), keys.done(batch_id)):
+        assert store.client.ttl(name) == -1
+    assert store.client.ttl(keys.identity("i")) == -1
+    assert store.results(batch_id, [0, 1, 2]) == [None] * 3
+    assert finish(store_url, jobs[:1], "f") == ["fenced"], "an end of the generation before"
+    again = claim(store_url, 5)
+    assert [job.index for job in again] == [0, 1, 2]
+    assert finish(store_url, again) == ["ended"] * 3
+    assert store.requeue_failed(batch_id) == 0
+    assert store.requeue_failed("no") == 0
+
+
+# -- lanes
+
+
+def test_two_batches_advance_alike_in_jobs(store: Store, store_url: str) -> None:
+    """However small the slices of one of them are."""
+    large, *_ = store.submit(requests(200), NewBatch(slice_size=50))
+    small, *_ = store.submit(requests(200), NewBatch(slice_size=5))
+    handed = {large: 0, small: 0}
+    while handed[large] < 150:
+        for job in claim(store_url, 20):
+            handed[job.batch_id] += 1
+        assert abs(handed[large] - handed[small]) <= 50
+
+
+def test_a_new_batch_joins_at_the_present_turn(store: Store, store_url: str) -> None:
+    old, *_ = store.submit(requests(300), NewBatch())
+    for _ in range(4):
+        assert {job.batch_id for job in claim(store_url, 50)} == {old}
+    new, *_ = store.submit(requests(100), NewBatch())
+    handed = {old: 0, new: 0}
+    for _ in range(4):
+        for job in claim(store_url, 25):
+            handed[job.batch_id] += 1
+    assert handed == {old: 50, new: 50}, "neither waits for the other to make up for the past"
+
+
+def test_another_upstreams_speed_moves_no_turn_here(store: Store, store_url: str) -> None:
+    here, *_ = store.submit(requests(40), NewBatch(label="here"))
+    claim(store_url, 1, labels=("here",))
+    store.submit(requests(1000), NewBatch(label="fast"))
+    for _ in range(10):
+        claim(store_url, 50, labels=("fast",))
+    new, *_ = store.submit(requests(40), NewBatch(label="here"))
+    handed = {here: 0, new: 0}
+    for _ in range(10):
+        for job in claim(store_url, 2, labels=("here",)):
+            handed[job.batch_id] += 1
+    assert handed == {here: 10, new: 10}
+
+
+def test_scheduled_retries_block_nobody_and_come_when_due(store: Store, store_url: str) -> None:
+    waits, *_ = store.submit(requests(2), NewBatch())
+    jobs = claim(store_url, 2)
+    backs = [(jobs[0], 500.0, b'["one"]'), (jobs[1], 0.3, b'["two"]')]
+    assert run(lambda client: leases.give_back(client, waits, backs), store_url) == 0
+    other, *_ = store.submit(requests(2), NewBatch())
+    assert {job.batch_id for job in claim(store_url, 2)} == {other}
+    assert claim(store_url, 2) == []
+    wait_until(store.client, redis_time(store.client) + 0.3)
+    assert run(leases.reap, store_url) == (0, 1)
+    (due,) = claim(store_url, 5)
+    assert (due.batch_id, due.index, due.attempts) == (waits, 1, b'["two"]')
+    assert store.client.zscore(keys.DUE, waits) > redis_time(store.client) + 400
+    assert store.job_state(waits, 0) is JobState.QUEUED
+
+
+def test_what_is_given_back_goes_before_what_was_never_claimed(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(30), NewBatch(slice_size=10))
+    jobs = claim(store_url, 10)
+    assert (
+        run(lambda client: leases.give_back(client, batch_id, [(job, 0.0, b"") for job in jobs[2:5]]), store_url) == 3
+    )
+    assert [job.index for job in claim(store_url, 6)] == [2, 3, 4, 10, 11, 12]
+
+
+def test_labels_keep_work_apart_and_lanes_too(store: Store, store_url: str) -> None:
+    ids = {
+        (lane, label): store.submit(requests(3), NewBatch(lane=lane, label=label))[0]
+        for lane in ("bulk", "interactive")
+        for label in ("", "simulate", "abc")
+    }
+    assert {job.batch_id for job in claim(store_url, 50, "bulk", ("simulate",))} == {ids["bulk", "simulate"]}
+    assert {job.batch_id for job in claim(store_url, 50, "interactive", ("abc", ""))} == {
+        ids["interactive", "abc"],
+        ids["interactive", ""],
+    }
+    assert claim(store_url, 50, "bulk", ("other",)) == []
+    heard = run(lambda client: leases.unheard(client, 10), store_url)
+    assert sorted((lane, label, count) for lane, label, _, count in heard) == [
+        ("bulk", "", 1),
+        ("bulk", "abc", 1),
+        ("interactive", "simulate", 1),
+    ]
+
+
+def test_ready_slices_are_counted_up_to_what_was_asked(store: Store, store_url: str) -> None:
+    store.submit(requests(100), NewBatch(slice_size=10))
+    assert [found[3] for found in run(lambda client: leases.unheard(client, 50), store_url)] == [10]
+    assert [found[3] for found in run(lambda client: leases.unheard(client, 4), store_url)] == [4]
+
+
+# -- out of memory, away
+
+
+def test_out_of_memory_what_was_paid_for_is_stored_and_nothing_new_is_taken(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(20), NewBatch(slice_size=10))
+    jobs = claim(store_url, 10)
+    store.client.config_set("maxmemory-policy", "noeviction")
+    store.client.config_set("maxmemory", 1_000_000)
+    with pytest.raises(StoreUnavailable, match=r"^Redis is out of memory: free some, or raise its maxmemory"):
+        store.submit(requests(100), NewBatch())
+    assert finish(store_url, jobs[:4]) == ["ended"] * 4
+    assert run(lambda client: leases.renew(client, [jobs[0].token]), store_url) == (set(), set())
+    backs = [(job, 0.0, b"[1]") for job in jobs[4:6]]
+    assert run(lambda client: leases.give_back(client, batch_id, backs), store_url) == 2
+    assert run(leases.reap, store_url) == (0, 0)
+    status = store.status(batch_id)
+    assert (status.succeeded, status.running, status.queued) == (4, 4, 12)
+    assert [result and result.status for result in store.results(batch_id, [0, 3, 4])] == ["SUCCESS", "SUCCESS", None]
+    store.client.config_set("maxmemory", 0)
+    assert store.submit(requests(1), NewBatch())[2]
+
+
+def test_redis_away_is_one_clear_error(tmp_path: Any) -> None:
+    store = Store(connect(f"unix://{tmp_path}/none.sock"))
+    for ask in (
+        lambda: store.status("b"),
+        lambda: store.submit(requests(1), NewBatch()),
+        lambda: store.results("b", [1]),
+        lambda: store.cancel("b"),
+        lambda: store.subscribe("b"),
+    ):
+        with pytest.raises(StoreUnavailable, match="Redis does not answer"):
+            ask()
+
+
+# -- late answers
+
+
+def test_late_answers_are_counted_and_not_stored(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    run(lambda client: leases.claim(client, "slow", "bulk", [""], 1, 0.01), store_url)
+    wait_until(store.client, redis_time(store.client) + 0.02)
+    assert run(leases.reap, store_url) == (1, 0)
+    (second,) = claim(store_url, 1)
+    assert second.crashes == 1
+    first = Job(batch_id, 0, "another", second.request, b"", 0, None, 60)
+    ends = [ending(first, "s", "first"), ending(second, "s", "second"), ending(second, "f")]
+    assert run(lambda client: leases.finish(client, batch_id, ends), store_url) == ["ended", "late", "fenced"]
+    assert run(lambda client: leases.finish(client, batch_id, ends[:1]), store_url) == ["again"]
+    status = store.status(batch_id)
+    assert (status.succeeded, status.late_answers, status.attempts) == (1, 1, 1)
+    (stored,) = store.results(batch_id, [0])
+    assert stored is not None
+    assert bytes(stored.result) == b'{"a":"first"}'
+
+
+def test_an_end_of_a_batch_that_is_no_longer_kept_is_refused(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    jobs = claim(store_url, 1)
+    store.client.delete(keys.batch(batch_id))
+    assert finish(store_url, jobs) == ["fenced"]
+    assert run(lambda client: leases.renew(client, [jobs[0].token, "none"]), store_url) == ({"none"}, {jobs[0].token})
+
+
+def test_results_stored_elsewhere_are_not_stored_here(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(1), NewBatch())
+    ends = [ending(job, "s") for job in claim(store_url, 1)]
+    assert run(lambda client: leases.finish(client, batch_id, ends, stored_elsewhere=True), store_url) == ["ended"]
+    assert store.results(batch_id, [0]) == [None]
+    assert store.status(batch_id).succeeded == 1
