@@ -6,17 +6,16 @@ the reaper, a surplus one finds nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
-from celery import Celery
-from kombu.entity import Queue
-from kombu.exceptions import OperationalError
+from typing import TYPE_CHECKING, Any
 
 from jobs import identity
 from jobs.connections import celery_url
-from jobs.errors import StoreUnavailable, UsageError
+from jobs.errors import StoreUnavailable
 from jobs.keys import LANES
 from jobs.settings import Settings
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 RING = "mimoq.ring"
 #: Rings flushed to the broker together.
@@ -25,6 +24,9 @@ RING_BLOCK = 500
 
 def make_app(settings: Settings, redis_url: str) -> Celery:
     """The Celery app for these settings; `redis_url` is the store, used where no broker or backend is set."""
+    from celery import Celery
+    from kombu.entity import Queue
+
     broker = settings.broker_url.get_secret_value() if settings.broker_url else celery_url(redis_url)
     backend = settings.result_backend.get_secret_value() if settings.result_backend else celery_url(redis_url)
     app = Celery("mimoq", broker=broker, backend=backend, set_as_current=False)
@@ -63,19 +65,6 @@ def make_app(settings: Settings, redis_url: str) -> Celery:
     return app
 
 
-def results_url(settings: Settings, redis_url: str) -> str:
-    """The Redis that holds results, as redis-py spells it. Raises `UsageError` for another kind of backend."""
-    if settings.result_backend is None:
-        return redis_url
-    url = settings.result_backend.get_secret_value()
-    if url.startswith("redis+socket://"):
-        path, _, query = url.removeprefix("redis+socket://").partition("?")
-        return f"unix://{path}" + (f"?db={query.removeprefix('virtual_host=')}" if query else "")
-    if not url.startswith(("redis://", "rediss://")):
-        raise UsageError("MIMOQ_RESULT_BACKEND: must begin with redis://, rediss:// or redis+socket://")
-    return url
-
-
 class Bell:
     """Rings the queues of the lanes."""
 
@@ -86,6 +75,8 @@ class Bell:
         """Puts `times` rings on the lane's queue. Raises `StoreUnavailable` when the broker does not answer."""
         if times <= 0:
             return
+        from kombu.exceptions import OperationalError
+
         name = identity.queue(lane, upstream)
         try:
             with self._app.producer_or_acquire() as producer, producer.batch(RING_BLOCK):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from jobs import keys
-from jobs.errors import SchemaVersionError, StoreUnavailable
+from jobs.errors import SchemaVersionError, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:
     import redis
     import redis.asyncio
+
+    from jobs.settings import Settings
 
 SCHEMA_VERSION = 1
 
@@ -66,6 +68,19 @@ def celery_url(url: str) -> str:
     query = parse_qs(parts.query)
     db = query.get("db", ["0"])[0]
     return f"redis+socket://{parts.path}?virtual_host={db}"
+
+
+def results_url(settings: Settings, redis_url: str) -> str:
+    """The Redis that holds results, as redis-py spells it. Raises `UsageError` for another kind of backend."""
+    if settings.result_backend is None:
+        return redis_url
+    url = settings.result_backend.get_secret_value()
+    if url.startswith("redis+socket://"):
+        path, _, query = url.removeprefix("redis+socket://").partition("?")
+        return f"unix://{path}" + (f"?db={query.removeprefix('virtual_host=')}" if query else "")
+    if not url.startswith(("redis://", "rediss://")):
+        raise UsageError("MIMOQ_RESULT_BACKEND: must begin with redis://, rediss:// or redis+socket://")
+    return url
 
 
 def check_schema(client: redis.Redis) -> None:

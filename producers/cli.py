@@ -85,12 +85,9 @@ def _usage(error: Exception) -> int:
 
 
 def _settings(**overrides: Any) -> Any:
-    from jobs import logs
     from jobs.settings import load_settings
 
-    settings = load_settings(**overrides)
-    logs.configure(settings.log_level, settings.log_format)
-    return settings
+    return load_settings(**overrides)
 
 
 @app.command()

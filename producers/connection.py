@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jobs.broker import Bell, make_app, results_url
-from jobs.connections import check_schema, connect
+from jobs.broker import Bell, make_app
+from jobs.connections import check_schema, connect, results_url
 from jobs.embedded import EmbeddedServer
 from jobs.store import Store
 

@@ -11,8 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import structlog
-
+from jobs.settings import Settings
 from jobs.store import BatchStatus
 
 #: Seconds between log lines where there is no terminal.
@@ -74,7 +73,12 @@ class Quiet:
 class Lines:
     """A structured log line every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        import structlog
+
+        from jobs import logs
+
+        logs.configure(settings.log_level, settings.log_format)
         self._log = structlog.get_logger("mimoq.run")
         self._next = time.monotonic() + LOG_S
 
@@ -146,8 +150,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def display(quiet: bool) -> Display:
+def display(quiet: bool, settings: Settings) -> Display:
     """The display that fits stderr."""
     if quiet:
         return Quiet()
-    return Live() if sys.stderr.isatty() else Lines()
+    return Live() if sys.stderr.isatty() else Lines(settings)

@@ -104,9 +104,11 @@ class Run:
         run_identity = identity.run_identity(report.digest, report.bad, options.endpoint, defaults.model, label)
         rows = Rows(output, errors, run_identity)
         try:
-            batch_id = self._batch(file, defaults, report, run_identity, label, rows)
+            batch_id, queued = self._batch(file, defaults, report, run_identity, label, rows)
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
                 self._begin_workers(own, settings)
+            # After they have begun: they look for work by themselves, and importing Celery takes its time.
+            self._connection.ring(batch_id, "bulk", label, queued)
             return self._watch(batch_id, rows)
         finally:
             rows.close()
@@ -129,8 +131,11 @@ class Run:
 
     def _batch(
         self, file: BinaryIO, defaults: Defaults, report: Report, run_identity: str, label: str, rows: Rows
-    ) -> str:
-        """The batch of this input: the one that is there, or a new one with everything the output does not hold."""
+    ) -> tuple[str, int]:
+        """The batch of this input: the one that is there, or a new one with everything the output does not hold.
+
+        Returns its id and how many jobs are to be rung for.
+        """
         assert self._connection is not None
         options, settings, store = self._options, self._settings, self._connection.store
         # Before anything is changed in the store: a file that may not be written ends the run here.
@@ -171,8 +176,7 @@ class Run:
                     pass
             queued = 0 if store.status(batch_id).state is BatchState.FINISHED else settings.slice_size
         self._invalid = report.bad
-        self._connection.ring(batch_id, "bulk", label, queued)
-        return batch_id
+        return batch_id, queued
 
     def _jobs(self, file: BinaryIO, defaults: Defaults, report: Report, batch_id: str, rows: Rows) -> Iterator[Request]:
         """The good lines; bad ones go to the error file. Raises `UsageError` when they are not those that were judged."""
@@ -196,7 +200,7 @@ class Run:
             self._connection, self._settings, batch_id, rows, self._workers, self._simulation, self._interrupts
         )
         try:
-            finished = watch.watch(display(self._options.quiet))
+            finished = watch.watch(display(self._options.quiet, self._settings))
         finally:
             rows.close()
             self._summary(watch.status)

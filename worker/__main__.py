@@ -61,7 +61,11 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
     os.dup2(2, 1)
     from jobs import identity
     from jobs.processes import end_when_stdin_closes
-    from jobs.settings import load_settings
+    from worker.host import host
+
+    # The engine first: while it makes its first calls, Celery has the time to import.
+    host().engine.start()
+    host().engine.look(lane, THREADS)
     from worker.app import app
 
     if exit_with_stdin:
@@ -69,7 +73,7 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
     worker = app.Worker(
         pool_cls="threads",
         concurrency=THREADS,
-        queues=[identity.queue(lane, identity.label(load_settings()))],
+        queues=[identity.queue(lane, identity.label(host().settings))],
         hostname=f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}",
         quiet=True,
         without_gossip=True,
@@ -85,15 +89,13 @@ def _told_to_start() -> bool:
 
     They come this way because a command starts its worker before it knows its own settings.
     """
-    import importlib
     import json
 
     # structlog and httpx would import toolkits for terminals, 0.2 s of them, which a worker has no use for. None makes
     # the import fail, and they do without.
     modules: dict[str, Any] = sys.modules
     modules.update({"rich": None, "httpx._main": None})
-    for name in ("celery.apps.worker", "kombu.transport.redis", "worker.tasks", "worker.thread"):
-        importlib.import_module(name)
+    from worker import host as _  # noqa: F401 - only to have it imported
 
     line = b""
     while not line.endswith(b"\n"):

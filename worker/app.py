@@ -1,6 +1,6 @@
 """The worker's Celery app: `celery -A worker.app worker -P threads -c 4 -Q mimoq.bulk`.
 
-What goes wrong: without MIMOQ_REDIS_URL the process joins the data folder's embedded Valkey. On SIGTERM Celery empties
+What goes wrong: on SIGTERM Celery empties
 its pool at once, because tasks do not wait for jobs; the engine drains in `worker_shutdown`, with a deadline of its own.
 """
 
@@ -13,17 +13,13 @@ import sys
 from typing import Any
 
 import structlog
-from celery import Celery, signals
+from celery import signals
 
-from jobs import identity, logs
-from jobs.broker import make_app
-from jobs.connections import check_schema, connect
-from jobs.embedded import EmbeddedServer
+from jobs import identity
 from jobs.errors import MimoqError
 from jobs.keys import LANES
-from jobs.settings import load_settings
 from worker import tasks
-from worker.thread import EngineThread
+from worker.host import host
 
 #: The lane of each queue.
 QUEUES = {identity.queue(lane, label): lane for lane in LANES for label in ("", identity.SIMULATED)}
@@ -31,32 +27,14 @@ QUEUES = {identity.queue(lane, label): lane for lane in LANES for label in ("", 
 log = structlog.get_logger("worker")
 
 
-def _create() -> tuple[Celery, EngineThread, EmbeddedServer | None]:
-    settings = load_settings()
-    server = None
-    if settings.redis_url is not None:
-        redis_url = settings.redis_url.get_secret_value()
-    else:
-        server = EmbeddedServer.open(settings.data_dir)
-        redis_url = server.url
-    client = connect(redis_url)
-    try:
-        check_schema(client)
-    finally:
-        client.close()
-    celery = make_app(settings, redis_url)
-    engine = EngineThread(celery, settings, redis_url)
-    tasks.register(celery, engine, QUEUES)
-    return celery, engine, server
+app = host().app
+engine = host().engine
+tasks.register(app, engine, QUEUES)
 
 
 @signals.setup_logging.connect(weak=False)
 def _logging(**_: Any) -> None:
-    settings = load_settings()
-    logs.configure(settings.log_level, settings.log_format)
-
-
-app, engine, embedded = _create()
+    """The host has seen to it; without a receiver Celery would set up its own."""
 
 
 @signals.worker_init.connect(weak=False)
@@ -73,7 +51,7 @@ def _start(**_: Any) -> None:
 def _ready(sender: Any = None, **_: Any) -> None:
     _hear_signals_at_once(getattr(sender, "hub", None))
     engine.lanes[:] = sorted({QUEUES[name] for name in app.amqp.queues.consume_from if name in QUEUES})
-    if load_settings().api_key is None:
+    if host().settings.api_key is None:
         log.warning("no_api_key", hint="set MIMOQ_API_KEY, or the upstream will refuse the calls")
     log.info("worker_ready", worker=engine.worker_id)
 
@@ -101,7 +79,5 @@ def _stopping(**_: Any) -> None:
 
 @signals.worker_shutdown.connect(weak=False)
 def _stop(**_: Any) -> None:
-    engine.drain()
+    host().leave()
     log.info("worker_ended", worker=engine.worker_id)
-    if embedded is not None:
-        embedded.close()

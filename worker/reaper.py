@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from redis.exceptions import RedisError
 
 from jobs import keys, leases
-from jobs.broker import Bell
 from jobs.errors import StoreUnavailable
 from jobs.leases import LEASE_S
 from jobs.scripts import Script
@@ -34,10 +33,20 @@ _sweep = Script("sweep")
 log = structlog.get_logger("worker.reaper")
 
 
+class Rope(Protocol):
+    """What pulls the bell: `jobs.broker.Bell`, or what makes one when it is first needed."""
+
+    def ring(self, batch_id: str, lane: str, upstream: str, times: int) -> None:
+        """Puts rings on the lane's queue."""
+
+    def depth(self, lane: str, upstream: str) -> int:
+        """Rings that wait there."""
+
+
 class Reaper:
     """One worker's readiness to reap."""
 
-    def __init__(self, client: Any, bell: Bell, worker_id: str) -> None:
+    def __init__(self, client: Any, bell: Rope, worker_id: str) -> None:
         self._client = client
         self._bell = bell
         self._id = worker_id

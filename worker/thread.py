@@ -12,25 +12,22 @@ from typing import Any
 
 import structlog
 import uvloop
-from celery import Celery
-from celery.worker import state
 
-from jobs.broker import Bell, results_url
-from jobs.connections import connect_async
+from jobs.connections import connect_async, results_url
 from jobs.settings import Settings
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat
-from worker.reaper import Reaper
+from worker.reaper import Reaper, Rope
 from worker.upstream import Upstream
 
 log = structlog.get_logger("worker")
 
 
 class EngineThread:
-    """Runs one engine with its flusher, heartbeat and reaper, until `drain`."""
+    """Runs one engine with its flusher, heartbeat and reaper, until `drain`; `rope` pulls the bell of the lanes."""
 
-    def __init__(self, app: Celery, settings: Settings, redis_url: str) -> None:
-        self._app = app
+    def __init__(self, settings: Settings, redis_url: str, rope: Rope) -> None:
+        self._rope = rope
         self._settings = settings
         self._redis_url = redis_url
         self.lanes: list[str] = []  # whose rings it hears, as the heartbeat tells; none until Celery is ready
@@ -44,8 +41,9 @@ class EngineThread:
         self.worker_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
     def start(self) -> None:
-        """Starts the loop and waits until the engine stands."""
-        self._thread.start()
+        """Starts the loop, unless it runs, and waits until the engine stands."""
+        if self._thread.ident is None:
+            self._thread.start()
         self._ready.wait()
         if self._failure is not None:
             raise self._failure
@@ -63,6 +61,8 @@ class EngineThread:
 
     def _die(self) -> None:
         """Ends the worker, by Celery's warm shutdown: one without an engine would answer rings for nothing."""
+        from celery.worker import state
+
         self.died = True
         state.should_stop = os.EX_SOFTWARE
 
@@ -74,7 +74,7 @@ class EngineThread:
         heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
-        engine.spawn(Reaper(client, Bell(self._app), self.worker_id).run())
+        engine.spawn(Reaper(client, self._rope, self.worker_id).run())
         self._loop, self._engine = asyncio.get_running_loop(), engine
         self._ready.set()
         try:
@@ -96,6 +96,13 @@ class EngineThread:
             return await make(engine)
 
         return asyncio.run_coroutine_threadsafe(work(), self._loop).result()
+
+    def look(self, lane: str, times: int) -> None:
+        """Looks for ready work as `times` rings would have it, without waiting for one."""
+        loop, engine = self._loop, self._engine
+        if loop is not None and engine is not None:
+            for _ in range(times):
+                asyncio.run_coroutine_threadsafe(engine.ring(lane), loop)
 
     def ring(self, lane: str) -> int:
         """Answers a ring from a task's thread; returns when what it claimed has been accepted."""

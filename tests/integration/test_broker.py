@@ -11,8 +11,8 @@ from celery import Celery
 from kombu import pools
 
 from jobs import identity
-from jobs.broker import RING, Bell, make_app, results_url
-from jobs.connections import celery_url, check_schema, connect
+from jobs.broker import RING, Bell, make_app
+from jobs.connections import celery_url, check_schema, connect, results_url
 from jobs.errors import SchemaVersionError, StoreUnavailable, UsageError
 from jobs.settings import Settings
 

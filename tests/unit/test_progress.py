@@ -11,6 +11,7 @@ import pytest
 
 from jobs import logs
 from jobs.results import Usage
+from jobs.settings import Settings
 from jobs.states import BatchState
 from jobs.store import BatchStatus
 from producers import progress
@@ -73,7 +74,7 @@ def test_no_terminal_gets_a_structured_line_every_few_seconds(
     logs.configure("info", "json")
     now = 100.0
     monkeypatch.setattr("producers.progress.time.monotonic", lambda: now)
-    shown = display(quiet=False)
+    shown = display(quiet=False, settings=Settings())
     assert isinstance(shown, Lines)
     shown.show(view())
     assert capsys.readouterr() == ("", "")
@@ -107,7 +108,7 @@ def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
-    shown = display(quiet=False)
+    shown = display(quiet=False, settings=Settings())
     assert isinstance(shown, Live)
     shown.show(view(succeeded=1000 - 2, failed=2))
     shown.close()
@@ -129,7 +130,7 @@ def test_a_terminal_is_told_only_what_is_known(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
-    shown = display(quiet=False)
+    shown = display(quiet=False, settings=Settings())
     shown.show(view(held_back="", left_s=None))
     shown.close()
     text = stderr.getvalue()
@@ -139,7 +140,7 @@ def test_a_terminal_is_told_only_what_is_known(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = display(quiet=True)
+    shown = display(quiet=True, settings=Settings())
     assert isinstance(shown, Quiet)
     shown.show(view())
     shown.close()
