@@ -30,6 +30,8 @@ STAGING_TTL_S = 3600
 PIPELINE_BYTES = 1_000_000
 #: Jobs one call of the sweeping and requeueing scripts looks at.
 SCRIPT_JOBS = 2_000
+#: A span of states up to this many bytes is read at once rather than byte by byte.
+STATES_BYTES = 16_384
 #: Results read in one round trip.
 READ_JOBS = 200
 
@@ -280,7 +282,11 @@ class Store:
         """The terminal states of these jobs; None for one that has not ended."""
         if not indexes:
             return []
+        first, last = min(indexes), max(indexes)
         with redis_errors():
+            if last - first < STATES_BYTES:  # jobs that end together lie together: one read for all
+                raw = bytes(self.client.getrange(keys.states(batch_id), first, last))
+                return [TERMINAL.get(raw[index - first]) if index - first < len(raw) else None for index in indexes]
             pipe = self.client.pipeline(transaction=False)
             for index in indexes:
                 pipe.getrange(keys.states(batch_id), index, index)

@@ -8,6 +8,8 @@ is gone, however it went, drains too: it holds the other end of its standard inp
 from __future__ import annotations
 
 import argparse
+import gc
+import logging
 import os
 import secrets
 import signal
@@ -17,7 +19,7 @@ import sys
 import time
 from collections import deque
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs.errors import MimoqError
 from jobs.keys import LANES
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     lanes = [args.lane] if args.lane else list(LANES)
     try:
         if len(lanes) * args.processes == 1:
-            return _work(lanes[0], args.exit_with_stdin, args.start_on_stdin)
+            _work(lanes[0], args.exit_with_stdin, args.start_on_stdin)
         return Supervisor(lanes * args.processes, args.exit_with_stdin).run()
     except MimoqError as error:
         print(f"mimoq worker: {error}", file=sys.stderr)
@@ -53,10 +55,10 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
-    """This process becomes a Celery worker of the lane."""
+def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
+    """This process becomes a Celery worker of the lane, and ends as one."""
     if start_on_stdin and not _told_to_start():
-        return 0  # whoever started us has changed its mind
+        sys.exit(0)  # whoever started us has changed its mind
     # Celery prints its banner and its goodbye to stdout, which carries only what was asked for.
     os.dup2(2, 1)
     from jobs import identity
@@ -80,8 +82,11 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> int:
         without_mingle=True,
         without_heartbeat=True,
     )
+    gc.freeze()  # what has been imported stays; collections of garbage need not look at it again
     worker.start()
-    return int(worker.exitcode or 0)
+    logging.shutdown()
+    # All is written. The interpreter's own end would take another 0.2 s, for which a command waits.
+    os._exit(int(worker.exitcode or 0))
 
 
 def _told_to_start() -> bool:
