@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -65,9 +66,13 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
     from jobs.processes import end_when_stdin_closes
     from worker.host import host
 
+    early = EarlyStop()
     # The engine first: while it makes its first calls, Celery has the time to import.
-    host().engine.start()
-    host().engine.look(lane, THREADS)
+    engine = host().engine
+    engine.start()
+    early.stop_claiming = engine.stop_claiming
+    if not early.told:
+        engine.look(lane, THREADS)
     from worker.app import app
 
     if exit_with_stdin:
@@ -82,11 +87,37 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
         without_mingle=True,
         without_heartbeat=True,
     )
+    early.pass_on()
     gc.freeze()  # what has been imported stays; collections of garbage need not look at it again
     worker.start()
     logging.shutdown()
     # All is written. The interpreter's own end would take another 0.2 s, for which a command waits.
     os._exit(int(worker.exitcode or 0))
+
+
+class EarlyStop:
+    """SIGTERM and SIGINT until Celery hears them itself: no more claims, and Celery ends, and drains, as it begins."""
+
+    def __init__(self) -> None:
+        self.told = False
+        self.stop_claiming: Callable[[], None] = lambda: None
+        self._state: Any = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        self.told = True
+        self.stop_claiming()
+        if self._state is not None:
+            self._state.should_stop = 0
+
+    def pass_on(self) -> None:
+        """Celery is imported: what was heard so far, and until its own handlers are set, is told to it."""
+        from celery.worker import state
+
+        self._state = state
+        if self.told:
+            state.should_stop = 0
 
 
 def _told_to_start() -> bool:

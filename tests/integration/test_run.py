@@ -237,7 +237,7 @@ def to_end(run: Command) -> None:
 
 
 def test_told_to_stop_a_run_ends_its_calls_and_goes_on_later(box: Box, sim: RunningSimulator) -> None:
-    count = 150
+    count = 500
     done = 0
     ways: list[tuple[Callable[[Command], None], int]] = [(to_command, 130), (to_group, 130), (to_end, 143)]
     for place, (send, status) in enumerate(ways, 1):
