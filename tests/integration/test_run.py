@@ -264,7 +264,7 @@ def test_told_to_stop_a_run_ends_its_calls_and_goes_on_later(box: Box, sim: Runn
 
 
 def test_the_command_is_killed(box: Box, sim: RunningSimulator) -> None:
-    run = middle(box, sim, 100)
+    run = middle(box, sim, 300)
     run.process.kill()
     run.process.wait()
     sim.configure(hold=False)
@@ -273,16 +273,16 @@ def test_the_command_is_killed(box: Box, sim: RunningSimulator) -> None:
     with (box.folder / "in.out.jsonl").open("ab") as file:
         file.write(b'{"id":"batch_req_')  # as if cut in the middle of a row
     box.run("run", "in.jsonl")
-    finished(box, sim, 100)
+    finished(box, sim, 300)
 
 
 @pytest.mark.parametrize("kind", ["valkey-server", "jobs.guard"])
 def test_the_store_is_killed(box: Box, sim: RunningSimulator, kind: str) -> None:
-    run = middle(box, sim, 100)
+    run = middle(box, sim, 300)
     box.kill(kind)
     sim.configure(hold=False)
-    assert run.wait(0).summary()["succeeded"] == 100
-    finished(box, sim, 100)
+    assert run.wait(0).summary()["succeeded"] == 300
+    finished(box, sim, 300)
 
 
 def test_leases_of_the_dead_run_out(tmp_path: Path) -> None:
@@ -294,12 +294,12 @@ def test_leases_of_the_dead_run_out(tmp_path: Path) -> None:
             return stack.enter_context(opened(tmp_path / name, base_url=sim.url, api_key=KEY)), sim
 
         box, sim = worker_gone = place("worker")
-        worker_run = middle(box, sim, 100)
+        worker_run = middle(box, sim, 300)
         box.kill("-m worker")
         sim.configure(hold=False)
 
         box, sim = all_gone = place("all")
-        middle(box, sim, 100)
+        middle(box, sim, 300)
         for process in box.processes():
             process.kill()
         box.empty()
@@ -307,19 +307,19 @@ def test_leases_of_the_dead_run_out(tmp_path: Path) -> None:
         all_run = box.start("run", "in.jsonl", "--json")
 
         box, sim = left = place("left")
-        run = middle(box, sim, 100)
+        run = middle(box, sim, 300)
         to_command(run)
         run.heard("stopping")
         to_command(run)
         # Its calls are still held: it leaves without them.
-        assert run.wait(130).summary()["total"] == 100
+        assert run.wait(130).summary()["total"] == 300
         box.empty()
         sim.configure(hold=False)
         left_run = box.start("run", "in.jsonl", "--json")
 
         for (box, sim), run in ((worker_gone, worker_run), (all_gone, all_run), (left, left_run)):
-            assert run.wait(0).summary()["succeeded"] == 100
-            finished(box, sim, 100, again=8)
+            assert run.wait(0).summary()["succeeded"] == 300
+            finished(box, sim, 300, again=8)
 
 
 # -- with a Redis of one's own
