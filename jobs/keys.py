@@ -18,7 +18,10 @@ DUE = PREFIX + "due"  # zset: batch id -> unix time of its earliest scheduled re
 LEASES = PREFIX + "leases"  # zset: fencing token -> unix time its lease ends
 WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbeat
 REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
-EVENTS = PREFIX + "events"  # channel: every end of a job, as `<batch id>`; readers look for themselves
+ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another Redis than this one
+REVOKED = (
+    PREFIX + "revoked"
+)  # list: `<job id>:<cancelled, expired or queued>:<retention>`, to be told to that other Redis
 
 LANES = ("interactive", "bulk")
 

@@ -113,6 +113,19 @@ def failure_payload(job_id: str, about: About, compress: bool) -> bytes:
     return _pack(job_id, b"FAILURE", _encode(exception), about, compress)
 
 
+def revoked_payload(job_id: str, why: str) -> bytes:
+    """The stored value of a job that was `cancelled` or has `expired`; the scripts write the same."""
+    exception = {"exc_type": "TaskRevokedError", "exc_message": [why], "exc_module": "celery.exceptions"}
+    value: dict[str, Any] = {
+        "status": "REVOKED",
+        "result": exception,
+        "traceback": None,
+        "children": [],
+        "date_done": None,
+    }
+    return _encode({**value, "task_id": job_id})
+
+
 def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: bool) -> bytes:
     done = datetime.now(UTC).replace(tzinfo=None).isoformat().encode()
     value = b"".join(

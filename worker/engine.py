@@ -19,9 +19,11 @@ from functools import partial
 from typing import Any
 
 import structlog
+from redis.exceptions import RedisError
 
 from jobs import identity
-from jobs.leases import LEASE_S, Job
+from jobs.leases import LEASE_S, End, Job
+from jobs.results import decode_result
 from jobs.settings import Settings
 from worker import settlements
 from worker.estimate import Estimates
@@ -31,6 +33,7 @@ from worker.intake import Intake
 from worker.limiter import Limiter
 from worker.line import Lines
 from worker.outcome import Outcome
+from worker.outside import Outside
 from worker.run import Run
 from worker.upstream import Upstream
 from worker.verdict import Kind, Verdict, backoff, classify
@@ -67,9 +70,10 @@ class Engine:
         self.account = identity.account_of(settings)
         self.limiter = Limiter(client, settings, self.account, worker_id)
         self.lines = Lines(self.limiter, self.spawn, self._free, self._start, self._model_shut)
-        self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self._accept)
+        self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self._welcome)
         self.lines.on_started = self.intake.started
-        self.flusher = Flusher(client, results, self.limiter, self.lines.wake, self._let_go)
+        self.outside = Outside(client, results) if results is not None else None
+        self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go)
         self.estimates = Estimates()
         self.stopping = False
         self.renewed_at = time.monotonic()
@@ -118,6 +122,35 @@ class Engine:
     def _waiting(self) -> int:
         """Jobs held that are not in flight; those that rest after a failure leave room for others, within reason."""
         return len(self.holding) - len(self.flying) - min(len(self.holding.resting), self.settings.worker_max_in_flight)
+
+    async def _welcome(self, jobs: list[Job]) -> None:
+        """Takes claimed jobs in. What a dead worker had paid for and stored outside is not called again."""
+        answers: dict[str, bytes] = {}
+        if self.outside is not None:
+            try:
+                answers = await self.outside.answers([job for job in jobs if job.crashes])
+            except (RedisError, OSError) as error:
+                log.warning("results_away", error=type(error).__name__)
+                for job in jobs:
+                    self.flusher.give_back(job, 0.0, job.attempts)
+                return
+        for job in jobs:
+            payload = answers.get(job.job_id)
+            if payload is None or not self._end_stored(job, payload):
+                self._accept(job)
+
+    def _end_stored(self, job: Job, payload: bytes) -> bool:
+        """Ends a job with the success that is stored for it, if it is one."""
+        try:
+            stored = decode_result(payload)
+        except ValueError:
+            return False
+        if stored.status != "SUCCESS" or stored.mimoq is None:
+            return False
+        run = Run(job, "", None, over=True)
+        self.holding.add(run)
+        self.flusher.end(End(job, "s", payload, len(stored.mimoq.attempts), stored.mimoq.usage))
+        return True
 
     def _accept(self, job: Job) -> None:
         run = Run.of(job, self.settings.endpoint_path or self.settings.model)

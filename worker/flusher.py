@@ -16,10 +16,11 @@ from typing import Any
 import structlog
 from redis.exceptions import NoScriptError, RedisError
 
-from jobs import keys, leases
+from jobs import leases
 from jobs.leases import End, Job
 from jobs.scripts import Script
 from worker.limiter import SETTLE, Limiter, Settlement
+from worker.outside import Outside
 
 #: Seconds that outcomes are collected before a block is written.
 COLLECT_S = 0.01
@@ -39,13 +40,13 @@ class Flusher:
     def __init__(
         self,
         client: Any,
-        results: Any | None,
+        outside: Outside | None,
         limiter: Limiter,
         on_settled: Callable[[], None],
         on_written: Callable[[list[Job]], None],
     ) -> None:
         self._client = client
-        self._results = results  # another Redis for results, or None when they go with the state in one step
+        self._outside = outside  # None when results go with the state in one step
         self._limiter = limiter
         self._on_settled = on_settled
         self._on_written = on_written
@@ -116,9 +117,9 @@ class Flusher:
                 self._on_settled()
             while ends:
                 block = _block(ends)
-                if self._results is not None:
-                    await self._store(block)
-                await self._finish(block)
+                to_finish = block if self._outside is None else await self._outside.write(block)
+                await self._finish(to_finish)
+                self._on_written([end.job for end in block])
                 del ends[: len(block)]
             by_batch: dict[str, list[tuple[Job, float, bytes]]] = defaultdict(list)
             for back in backs:
@@ -143,19 +144,10 @@ class Flusher:
         for end in block:
             by_batch[end.job.batch_id].append(end)
         for batch_id, ends in by_batch.items():
-            stored = self._results is not None
+            stored = self._outside is not None
             for word in await leases.finish(self._client, batch_id, ends, stored_elsewhere=stored):
                 self.late += word == "late"
                 self.fenced += word == "fenced"
-        self._on_written([end.job for end in block])
-
-    async def _store(self, block: list[End]) -> None:
-        pipe = self._results.pipeline(transaction=False)  # type: ignore[union-attr]
-        for end in block:
-            key = keys.result(end.job.job_id)
-            pipe.set(key, end.payload, ex=end.job.ttl_s)
-            pipe.publish(key, end.payload)
-        await pipe.execute()
 
     async def _pipeline(self, calls: list[tuple[Script, list[str], list[Any]]]) -> None:
         if not calls:

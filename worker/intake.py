@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -31,7 +31,7 @@ log = structlog.get_logger("worker.intake")
 class Intake:
     """The claiming of one worker.
 
-    `may_start` says whether calls may start at all, `waiting` how many jobs are held and not in flight; `accept` takes
+    `may_start` says whether calls may start at all, `waiting` how many jobs are held and not in flight; `welcome` takes
     a claimed job.
     """
 
@@ -43,7 +43,7 @@ class Intake:
         lines: Lines,
         may_start: Callable[[], bool],
         waiting: Callable[[], int],
-        accept: Callable[[Job], None],
+        welcome: Callable[[list[Job]], Awaitable[None]],
     ) -> None:
         self._client = client
         self._settings = settings
@@ -52,7 +52,7 @@ class Intake:
         self._lines = lines
         self._may_start = may_start
         self._waiting = waiting
-        self._accept = accept
+        self._welcome = welcome
         self._starts: deque[tuple[float, int]] = deque()
         self._changed = asyncio.Event()
         self._claiming = asyncio.Lock()
@@ -91,8 +91,7 @@ class Intake:
                     warned = True
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
-                for job in jobs:
-                    self._accept(job)
+                await self._welcome(jobs)
             if not jobs:
                 break
             accepted += len(jobs)

@@ -17,6 +17,7 @@ from jobs import keys, leases
 from jobs.errors import StoreUnavailable
 from jobs.leases import LEASE_S
 from jobs.scripts import Script
+from worker.outside import Outside
 
 ROUND_S = 1.0
 #: Seconds the lock lasts: a dead reaper's successor comes after this.
@@ -46,10 +47,11 @@ class Rope(Protocol):
 class Reaper:
     """One worker's readiness to reap."""
 
-    def __init__(self, client: Any, bell: Rope, worker_id: str) -> None:
+    def __init__(self, client: Any, bell: Rope, worker_id: str, outside: Outside | None = None) -> None:
         self._client = client
         self._bell = bell
         self._id = worker_id
+        self._outside = outside
         self.ringing: asyncio.Task[None] | None = None
         self._last = 0.0
         self._patient_until = 0.0
@@ -105,6 +107,8 @@ class Reaper:
             for _ in range(SWEEPS):
                 if await _sweep(self._client, [keys.PREFIX], [raw.decode(), SWEEP_JOBS]) <= 0:
                     break
+        if self._outside is not None:
+            await self._outside.write_revoked()
         # Beside the rounds: a broker that does not answer must not keep dead workers' jobs from being given back.
         if self.ringing is None or self.ringing.done():
             unheard = await leases.unheard(self._client, RINGS)

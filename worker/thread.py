@@ -71,10 +71,12 @@ class EngineThread:
         elsewhere = results_url(self._settings, self._redis_url)
         results = connect_async(elsewhere) if elsewhere != self._redis_url else None
         engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._die)
+        if engine.outside is not None:
+            await engine.outside.mark()
         heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
-        engine.spawn(Reaper(client, self._rope, self.worker_id).run())
+        engine.spawn(Reaper(client, self._rope, self.worker_id, engine.outside).run())
         self._loop, self._engine = asyncio.get_running_loop(), engine
         self._ready.set()
         try:

@@ -80,8 +80,12 @@ local function revoke(batch, index, letter)
   redis.call('HDEL', of(batch, 'history'), index)
   redis.call('HINCRBY', record(batch), why, 1)
   local ttl = redis.call('HGET', record(batch), 'ttl')
-  redis.call('SET', 'celery-task-meta-' .. id, meta, 'EX', ttl)
-  redis.call('PUBLISH', 'celery-task-meta-' .. id, meta)
+  if redis.call('EXISTS', prefix .. 'elsewhere') == 1 then
+    redis.call('RPUSH', prefix .. 'revoked', id .. ':' .. why .. ':' .. ttl)
+  else
+    redis.call('SET', 'celery-task-meta-' .. id, meta, 'EX', ttl)
+    redis.call('PUBLISH', 'celery-task-meta-' .. id, meta)
+  end
 end
 
 -- A job goes back to its batch: at once, after `delay` seconds, or not at all where the batch is closing.

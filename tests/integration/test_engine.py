@@ -15,9 +15,12 @@ import worker.intake
 import worker.limiter
 import worker.line
 from jobs import keys, leases
-from jobs.leases import LEASE_S
-from jobs.requests import CHAT, Request
+from jobs.connections import connect, connect_async
+from jobs.leases import LEASE_S, End
+from jobs.requests import CHAT, Request, make_request
+from jobs.results import About, Attempt, Usage, success_payload
 from jobs.states import JobState
+from jobs.store import NewBatch, Store
 from jobs.workers import gate_of, live_workers, open_gate
 from tests.integration.engine_stand import (
     ANSWER,
@@ -33,6 +36,7 @@ from tests.integration.engine_stand import (
     until,
 )
 from tests.integration.store_model import leftovers
+from worker.outside import Outside
 from worker.settlements import of_call
 from worker.verdict import Kind, Verdict
 
@@ -804,6 +808,75 @@ async def test_results_elsewhere_are_stored_before_the_state(store_url: str) -> 
         assert not any(state_first)
         assert stand.store.client.keys("celery-task-meta-*") == []
         assert [stored and stored.status for stored in stand.store.results(batch, [0, 1])] == ["SUCCESS"] * 2
+
+
+@in_loop
+async def test_an_answer_stored_elsewhere_by_a_worker_that_died_is_not_bought_again(store_url: str) -> None:
+    elsewhere = f"{store_url}?db=3"
+    async with standing(store_url, FakeUpstream(), results_url=elsewhere) as stand:
+        batch = stand.submit(2)
+        # A worker claims both, stores the result of one and dies before it changes its state.
+        client = connect_async(store_url)
+        dead = await leases.claim(client, "dead", "bulk", [""], 2, lease_s=0.01)
+        about = About("a", CHAT, Usage(total_tokens=7), [Attempt(at=1.0, latency_s=1.0, verdict="succeeded")])
+        payload = success_payload(dead[0].job_id, b'{"kept": 1}', about, compress=True)
+        stand.store._results.set(keys.result(dead[0].job_id), payload)
+        taken = 0
+        while taken < 2:
+            taken += (await leases.reap(client))[0]
+        await client.aclose(close_connection_pool=True)
+        await stand.engine.ring("bulk")
+        status = await stand.ended(batch)
+        assert (status.succeeded, status.attempts) == (2, 2)
+        assert len(stand.upstream.asked) == 1
+        kept, _ = stand.store.results(batch, [0, 1])
+        assert kept is not None
+        assert bytes(kept.result) == b'{"kept": 1}'
+
+
+@in_loop
+async def test_a_late_failure_elsewhere_does_not_take_the_place_of_an_answer(store_url: str) -> None:
+    elsewhere = f"{store_url}?db=3"
+    client, results = connect_async(store_url), connect_async(elsewhere)
+    outside = Outside(client, results)
+    store = Store(connect(store_url), connect(elsewhere))
+    batch, _, _ = store.submit([make_request("x", model="m")], NewBatch())
+    (job,) = await leases.claim(client, "w1", "bulk", [""], 1)
+    about = About("a", CHAT, Usage(), [])
+    good = End(job, "s", success_payload(job.job_id, b"{}", about, compress=False), 1, Usage())
+    bad = End(job, "f", b"a failure of another attempt", 1, Usage())
+    assert await outside.write([good]) == [good]
+    assert await leases.finish(client, batch, [good], stored_elsewhere=True) == ["ended"]
+    # The same end once more, because its reply was lost, is left out; another is only counted.
+    assert await outside.write([good]) == []
+    assert await outside.write([bad]) == [bad]
+    assert await leases.finish(client, batch, [bad], stored_elsewhere=True) == ["fenced"]
+    (stored,) = store.results(batch, [0])
+    assert stored is not None
+    assert stored.status == "SUCCESS"
+    for one in (client, results):
+        await one.aclose(close_connection_pool=True)
+    store.client.close()
+    store._results.close()
+
+
+@in_loop
+async def test_a_cancelled_job_is_revoked_where_the_results_are(store_url: str) -> None:
+    elsewhere = f"{store_url}?db=3"
+    client, results = connect_async(store_url), connect_async(elsewhere)
+    outside = Outside(client, results)
+    await outside.mark()
+    store = Store(connect(store_url), connect(elsewhere))
+    batch, _, _ = store.submit([make_request("x", model="m") for _ in range(3)], NewBatch())
+    assert store.cancel(batch).cancelled == 3
+    await outside.write_revoked()
+    assert [stored and stored.status for stored in store.results(batch, [0, 1, 2])] == ["REVOKED"] * 3
+    assert store.client.llen(keys.REVOKED) == 0
+    await outside.write_revoked()
+    for one in (client, results):
+        await one.aclose(close_connection_pool=True)
+    store.client.close()
+    store._results.close()
 
 
 @in_loop

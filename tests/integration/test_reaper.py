@@ -61,7 +61,7 @@ def reaping(url: str, work: Callable[[Any, Any], Awaitable[None]]) -> FakeBell:
     bell = FakeBell()
 
     async def main(client: Any) -> None:
-        await work(lambda worker_id: Reaper(client, bell, worker_id), client)  # type: ignore[arg-type] # a fake bell
+        await work(lambda worker_id: Reaper(client, bell, worker_id), client)
 
     run(main, url)
     return bell
@@ -203,7 +203,7 @@ def test_it_rings_silent_queues_only(store: Store, store_url: str) -> None:
     bell.depths["interactive"] = 1
 
     async def main(client: Any) -> None:
-        await turn(Reaper(client, bell, "w"))  # type: ignore[arg-type] # a fake bell
+        await turn(Reaper(client, bell, "w"))
 
     run(main, store_url)
     assert sorted(bell.rung) == sorted([(ids[0], "bulk", "", 3), (ids[2], "bulk", "simulate", 3)])
@@ -215,7 +215,7 @@ def test_a_broker_that_is_away_hinders_nothing_else(store: Store, store_url: str
     async def work(make: Any, client: Any) -> None:
         bell = FakeBell()
         bell.error = StoreUnavailable("the broker does not answer")
-        reaper = Reaper(client, bell, "w")  # type: ignore[arg-type] # a fake bell
+        reaper = Reaper(client, bell, "w")
         await turns(reaper, clock, GAP_S + 1)
         await asyncio.to_thread(lose_a_lease, store, store_url)
         await turn(reaper)
@@ -274,7 +274,7 @@ def test_it_goes_on_when_redis_is_back(store: Store, store_url: str, monkeypatch
     monkeypatch.setattr(module, "ROUND_S", 0.001)
 
     async def main(client: Any) -> None:
-        reaper = Reaper(client, FakeBell(), "w")  # type: ignore[arg-type] # a fake bell
+        reaper = Reaper(client, FakeBell(), "w")
         failures = [RedisConnectionError("away"), OSError("away")]
 
         async def turn() -> bool:
