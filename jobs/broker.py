@@ -6,6 +6,8 @@ the reaper, a surplus one finds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jobs import identity
@@ -75,23 +77,30 @@ class Bell:
         """Puts `times` rings on the lane's queue. Raises `StoreUnavailable` when the broker does not answer."""
         if times <= 0:
             return
-        from kombu.exceptions import OperationalError
-
         name = identity.queue(lane, upstream)
-        try:
-            with self._app.producer_or_acquire() as producer, producer.batch(RING_BLOCK):
-                for _ in range(times):
-                    self._app.send_task(RING, (batch_id,), queue=name, producer=producer, ignore_result=True)
-        except (OperationalError, OSError) as error:
-            raise StoreUnavailable(
-                f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL"
-            ) from None
+        with self._errors(), self._app.producer_or_acquire() as producer, producer.batch(RING_BLOCK):
+            for _ in range(times):
+                self._app.send_task(RING, (batch_id,), queue=name, producer=producer, ignore_result=True)
 
     def depth(self, lane: str, upstream: str) -> int:
-        """Rings waiting on the lane's queue; an unknown queue has none."""
+        """Rings waiting on the lane's queue; an unknown queue has none. Raises `StoreUnavailable` as `ring` does."""
         name = identity.queue(lane, upstream)
-        with self._app.connection_for_write() as connection, connection.channel() as channel:
+        with self._errors(), self._app.connection_for_write() as connection, connection.channel() as channel:
             try:
                 return int(channel.queue_declare(name, passive=True).message_count)
             except connection.channel_errors:
                 return 0
+
+    @staticmethod
+    @contextmanager
+    def _errors() -> Iterator[None]:
+        """Whatever a transport raises when its broker is away, in a line for people."""
+        from kombu.exceptions import OperationalError
+        from redis.exceptions import RedisError
+
+        try:
+            yield
+        except (OperationalError, RedisError, OSError) as error:
+            raise StoreUnavailable(
+                f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL"
+            ) from None

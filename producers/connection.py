@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.broker import Bell, make_app
 from jobs.connections import check_schema, connect, results_url
 from jobs.embedded import EmbeddedServer
+from jobs.errors import StoreUnavailable
 from jobs.store import Store
 
 if TYPE_CHECKING:
@@ -50,8 +51,16 @@ class Connection:
         return Bell(make_app(self.settings, self.redis_url))
 
     def ring(self, batch_id: str, lane: str, label: str, jobs: int) -> None:
-        """Rings once for each slice of `jobs` jobs."""
-        self.bell.ring(batch_id, lane, label, -(-jobs // self.settings.slice_size))
+        """Rings once for each slice of `jobs` jobs.
+
+        A broker that is away is only warned of: the batch stands, and a worker's reaper rings for what nobody heard.
+        """
+        try:
+            self.bell.ring(batch_id, lane, label, -(-jobs // self.settings.slice_size))
+        except StoreUnavailable as error:
+            import structlog
+
+            structlog.get_logger("mimoq").warning("ring_failed", batch=batch_id, error=str(error))
 
     def close(self) -> None:
         """Gives everything back; an embedded Valkey stops after its last user."""

@@ -22,6 +22,8 @@ from jobs.errors import MimoqError
 DEATHS = 5
 WINDOW_S = 60.0
 RESTART_S = 0.2
+#: A log of earlier workers that is longer is put aside (one is kept).
+LOG_BYTES = 10_000_000
 
 
 class Workers:
@@ -51,6 +53,8 @@ class Workers:
         self._patience_s = drain_s + 15
         self._told = json.dumps({"settings": dict(settings), "log": str(log)}).encode() + b"\n"
         self._log = log
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            log.replace(log.with_name(log.name + ".1"))
         for child in self._children:
             self._tell(child)
         self.ensure()
