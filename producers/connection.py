@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from jobs.store import Store
 
 if TYPE_CHECKING:
     from jobs.settings import Settings
+
+
+log = logging.getLogger("mimoq")
 
 
 class Connection:
@@ -58,9 +62,8 @@ class Connection:
         try:
             self.bell.ring(batch_id, lane, label, -(-jobs // self.settings.slice_size))
         except StoreUnavailable as error:
-            import structlog
-
-            structlog.get_logger("mimoq").warning("ring_failed", batch=batch_id, error=str(error))
+            # The standard library's logging, which goes to stderr also in a program that configures none.
+            log.warning("ring_failed: batch %s is submitted, but %s", batch_id, error)
 
     def close(self) -> None:
         """Gives everything back; an embedded Valkey stops after its last user."""

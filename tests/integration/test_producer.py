@@ -257,3 +257,11 @@ def still_served(data: Any) -> bool:
     from jobs.runtime import Runtime
 
     return Runtime.of(data).socket.exists()
+
+
+def test_a_broker_that_is_away_is_only_warned_of(store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Producer(redis_url=store_url, broker_url="redis://127.0.0.1:1/0") as producer:
+        batch_id = producer.submit_many(["one", "two"])
+        assert producer.status(batch_id).queued == 2
+    assert "ring_failed" in caplog.text
+    assert batch_id in caplog.text
