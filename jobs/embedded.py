@@ -101,6 +101,8 @@ class EmbeddedServer:
                     reply = ask(runtime.socket, "PING")
             if reply == "+PONG":
                 return
+            if reply.startswith("-MISCONF"):
+                raise EmbeddedServerError(f"the disk of {runtime.data_dir} is full: make room, or {ADVICE}")
             now = time.monotonic()
             if reply.startswith("-LOADING"):
                 deadline = min(now + timeout_s, begun + LOADING_S)

@@ -154,13 +154,15 @@ def is_loopback(host: str) -> bool:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """The effective settings; an override of None counts as not given.
+    """The effective settings; an override of None or an empty text counts as not given.
 
     Raises `UsageError` with one line that names the setting and the rule it breaks.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value not in (None, "")}
     try:
         return Settings(**given)
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f".env can't be read: {type(error).__name__}; write it in UTF-8") from None
     except ValidationError as error:
         raise UsageError("; ".join(_problem(item) for item in error.errors(include_url=False))) from None
 

@@ -35,12 +35,16 @@ STATES_BYTES = 16_384
 #: Results read in one round trip.
 READ_JOBS = 200
 
+#: What is said when Redis answers, but can't write its append-only file.
+DISK_FULL = "Redis can't write to its disk: make room there; nothing was lost"
+
 NO_USAGE = Usage()
 
 _create = Script("create")
 _cancel = Script("cancel")
 _sweep = Script("sweep")
 _requeue = Script("requeue")
+_pause = Script("pause")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ def redis_errors() -> Iterator[None]:
     except redis.exceptions.OutOfMemoryError:
         raise StoreUnavailable("Redis is out of memory: free some, or raise its maxmemory; nothing was lost") from None
     except redis.RedisError as error:
+        if "MISCONF" in str(error):
+            raise StoreUnavailable(DISK_FULL) from None
         raise StoreUnavailable(f"Redis does not answer ({type(error).__name__}); nothing was lost") from None
 
 
@@ -328,6 +334,37 @@ class Store:
             while _sweep(self.client, [keys.PREFIX], [batch_id, SCRIPT_JOBS]) > 0:
                 pass
         return self.status(batch_id)
+
+    def pause(self, batch_id: str) -> BatchState:
+        """Lets nothing more of a batch be claimed; returns its state. Raises `NotFound`."""
+        return self._set_paused(batch_id, BatchState.PAUSED)
+
+    def resume(self, batch_id: str) -> BatchState:
+        """Lets a paused batch go on; returns its state. Raises `NotFound`."""
+        return self._set_paused(batch_id, BatchState.RUNNING)
+
+    def _set_paused(self, batch_id: str, state: BatchState) -> BatchState:
+        with redis_errors():
+            word = _pause(self.client, [keys.PREFIX], [batch_id, state.value]).decode()
+        if word == "unknown":
+            raise NotFound(f"there is no batch {batch_id}")
+        return BatchState(word)
+
+    def unfinished(self, label: str) -> list[str]:
+        """Ids of batches bound to this upstream that workers would go on with, oldest first."""
+        with redis_errors():
+            found = [name.decode() for name in self.client.zrange(keys.OPEN, 0, 999)]
+            pipe = self.client.pipeline(transaction=False)
+            for batch_id in found:
+                pipe.hmget(keys.batch(batch_id), "label", "state")
+            replies = pipe.execute()
+        going_on = [label.encode(), b"running"]
+        return [batch_id for batch_id, reply in zip(found, replies, strict=True) if reply == going_on]
+
+    def disk_full(self) -> bool:
+        """Whether Redis can't write its append-only file; it still answers reads then."""
+        with redis_errors():
+            return bool(self.client.info("persistence").get("aof_last_write_status", "ok") != "ok")
 
     def set_max_attempts(self, batch_id: str, max_attempts: int) -> None:
         """Changes how often the jobs of a batch are called at most; holds for slices claimed from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -11,6 +12,8 @@ def main() -> NoReturn:
     """Runs the command line and ends the process with its status."""
     from producers.workers import Workers
 
+    if sys.stderr is None:  # closed by whoever started us: nothing may fail, or land elsewhere, for that
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     prepared = Workers()
     try:
         if _is_run(sys.argv[1:]):

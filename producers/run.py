@@ -8,7 +8,6 @@ on where it stopped: the output file is the truth for rows in it, the store for 
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from typing import BinaryIO
 import msgspec
 
 from jobs import identity
-from jobs.errors import UsageError
+from jobs.errors import MimoqError, UsageError
 from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
+from jobs.results import Usage
 from jobs.settings import PREFIX, Settings
 from jobs.states import BatchState
 from jobs.store import BatchStatus, NewBatch
+from jobs.workers import open_gate
 from producers.connection import Connection
 from producers.interrupts import Interrupts
 from producers.output import check_paths, default_output, error_file
@@ -66,6 +67,7 @@ class Run:
         self._simulation: Simulation | None = None
         self._connection: Connection | None = None
         self._invalid = 0
+        self._told = False  # whether the summary has been given
 
     def run(self) -> int:
         """Does it all; returns the exit status. Raises `MimoqError` where a line says it all."""
@@ -85,7 +87,14 @@ class Run:
             try:
                 return self._run(file, output, errors)
             except KeyboardInterrupt:
+                if not self._told:
+                    say("interrupted before a job was called; run the same command again")
+                    self._tell(None)
                 return self._interrupts.status
+            except MimoqError as error:
+                if not self._told and error.exit_code == 1:
+                    self._tell(None)
+                raise
             finally:
                 self._close()
 
@@ -105,13 +114,24 @@ class Run:
         rows = Rows(output, errors, run_identity)
         try:
             batch_id, queued = self._batch(file, defaults, report, run_identity, label, rows)
+            if self._simulation is None:
+                # Every run may try its key at once; before workers begin, so that what they meet stays.
+                open_gate(self._connection.client, identity.account_of(settings))
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
+                self._name_others(batch_id, label)
                 self._begin_workers(own, settings)
             # After they have begun: they look for work by themselves, and importing Celery takes its time.
             self._connection.ring(batch_id, "bulk", label, queued)
             return self._watch(batch_id, rows)
         finally:
             rows.close()
+
+    def _name_others(self, batch_id: str, label: str) -> None:
+        """Says which other batches this run's workers will go on with: they may be unwanted, and cost money."""
+        assert self._connection is not None
+        for other in self._connection.store.unfinished(label):
+            if other != batch_id:
+                say(f"batch {other} is unfinished here and goes on too; `mimoq cancel {other}` stops it")
 
     def _begin_workers(self, count: int, settings: Settings) -> None:
         variables = {}
@@ -166,6 +186,7 @@ class Run:
             queued = total - len(new.answered.replace(b"\0", b""))
         else:
             say(f"continuing batch {batch_id}")
+            store.resume(batch_id)
             if options.max_attempts is not None:
                 store.set_max_attempts(batch_id, options.max_attempts)
             if options.retry_failed:
@@ -213,28 +234,36 @@ class Run:
         return 1 if status.total - status.succeeded + self._invalid else 0
 
     def _summary(self, status: BatchStatus) -> None:
-        elapsed_s = time.monotonic() - self._started
         failed = status.failed + self._invalid
+        elapsed_s = time.monotonic() - self._started
         if not self._options.quiet:
             say(
                 f"batch {status.batch_id}: {status.succeeded:,} of {status.total + self._invalid:,} succeeded, "
                 f"{failed:,} failed, {status.usage.total_tokens:,} tokens, {elapsed_s:.1f} s"
             )
-        if self._options.json:
-            usage = status.usage
-            summary = {
-                "batch": status.batch_id,
-                "total": status.total + self._invalid,
-                "succeeded": status.succeeded,
-                "failed": failed,
-                "cancelled": status.cancelled,
-                "expired": status.expired,
-                "attempts": status.attempts,
-                "usage": {name: getattr(usage, name) for name in type(usage).__struct_fields__},
-                "elapsed_s": round(elapsed_s, 3),
-            }
-            sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
-            sys.stdout.flush()
+        self._tell(status)
+
+    def _tell(self, status: BatchStatus | None) -> None:
+        """The object of `--json`, the last line on stdout; of zeros where there is no batch."""
+        self._told = True
+        if not self._options.json:
+            return
+        usage = status.usage if status is not None else Usage()
+        summary = {
+            "batch": status.batch_id if status is not None else None,
+            "total": status.total + self._invalid if status is not None else 0,
+            "succeeded": status.succeeded if status is not None else 0,
+            "failed": status.failed + self._invalid if status is not None else 0,
+            "cancelled": status.cancelled if status is not None else 0,
+            "expired": status.expired if status is not None else 0,
+            "attempts": status.attempts if status is not None else 0,
+            "usage": {name: getattr(usage, name) for name in type(usage).__struct_fields__},
+            "elapsed_s": round(time.monotonic() - self._started, 3),
+        }
+        try:
+            print(msgspec.json.encode(summary).decode(), flush=True)
+        except OSError as error:
+            raise MimoqError(f"stdout can't be written: {error.strerror}") from None
 
     def _close(self) -> None:
         self._workers.end()

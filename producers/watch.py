@@ -6,10 +6,11 @@ import contextlib
 import time
 
 from jobs import identity
-from jobs.errors import KeyRefused, StoreUnavailable
+from jobs.errors import KeyRefused, MimoqError, NotFound, StoreUnavailable
 from jobs.settings import PREFIX, Settings
 from jobs.states import BatchState
-from jobs.workers import gate_of, live_workers, open_gate
+from jobs.store import BatchStatus
+from jobs.workers import gate_of, live_workers
 from producers.connection import Connection
 from producers.follow import Follower, Listener
 from producers.interrupts import Interrupts
@@ -80,8 +81,8 @@ class Watch:
         self._account = identity.account_of(settings)
         self._label = identity.label(connection.settings)
         self._rates = Rates()
-        if simulation is None:
-            open_gate(connection.client, self._account)  # every run may try its key at once
+        self._drain_s = settings.drain_s
+        self._gate_told = ""
         self.status = self._first = connection.store.status(batch_id)
         self._follower = Follower(connection.store, batch_id, rows.written)
 
@@ -101,7 +102,7 @@ class Watch:
                 leaving = bool(interrupts.count) and self._leave()
                 written = more = False
                 try:
-                    self.status = store.status(batch_id)
+                    self.status = self._look()
                     if self.status.state is BatchState.FINISHED:
                         self._workers.stop()  # they end while the last rows are written
                     # What had ended by the look above is read below, so a finished batch leaves nothing behind.
@@ -124,6 +125,15 @@ class Watch:
                 if not more:
                     listener.wait(LISTEN_S)
 
+    def _look(self) -> BatchStatus:
+        try:
+            return self._connection.store.status(self.status.batch_id)
+        except NotFound:
+            raise MimoqError(
+                "the store has lost the batch: was it emptied, or restarted without its append-only file? "
+                "Run the same command again; what is in the output is not called again"
+            ) from None
+
     def _write(self) -> bool:
         """Writes rows of jobs that have ended, for a tick at most; whether those were all."""
         end = time.monotonic() + TICK_S
@@ -136,6 +146,9 @@ class Watch:
     def _keep_alive(self) -> None:
         if self._connection.server is not None:
             self._connection.server.ensure()
+            if self._connection.store.disk_full():
+                folder = self._connection.settings.data_dir
+                raise MimoqError(f"the disk of {folder} is full: make room, and run the same command again")
         self._workers.ensure()
         if self._simulation is not None:
             self._simulation.check()
@@ -159,7 +172,7 @@ class Watch:
         held_back = ", ".join(sorted({bound for worker in mine for bound in worker.bounds}))
         if gate is not None:
             held_back = f"gate: {gate.reason}, next probe in {max(0.0, gate.until - time.time()):.0f} s"
-        if not mine:
+        if not mine and status.state is not BatchState.FINISHED and not self._workers.stopping:
             held_back = "no worker yet"
         return View(
             status,
@@ -175,6 +188,12 @@ class Watch:
         if self._simulation is not None or self.status.succeeded > self._first.succeeded:
             return
         gate = gate_of(self._connection.client, self._account)
+        if gate is not None and gate.reason != self._gate_told and gate.reason not in REFUSALS:
+            self._gate_told = gate.reason
+            say(
+                f"the upstream has shut the account ({gate.reason}, {gate.status}): "
+                "no job fails for it; one call tries at times"
+            )
         if gate is not None and gate.reason in REFUSALS:
             self._workers.end()
             self.status = self._connection.store.status(self.status.batch_id)
@@ -191,6 +210,9 @@ class Watch:
             self._workers.kill()
             return True
         if not self._workers.stopping:
-            say("stopping: calls in flight get up to 30 s to end; Ctrl-C again to leave now")
+            say(f"stopping: calls in flight get up to {self._drain_s:g} s to end; Ctrl-C again to leave now")
             self._workers.stop()
+            # So that another run in this folder does not go on with what was stopped; the same command does.
+            with contextlib.suppress(StoreUnavailable, NotFound):
+                self._connection.store.pause(self.status.batch_id)
         return self._workers.alive == 0

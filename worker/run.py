@@ -115,6 +115,8 @@ _MESSAGES = {
     "content_filter": "the upstream's content filter refused the request or its answer",
     "empty_answer": "the answer held no content and no tool call",
     "degenerate_answer": "the answer was cut off because it repeated itself",
+    "stream_cut": "the upstream's stream ended before the answer was whole",
+    "invalid_stream": "the upstream's stream was not one that can be read",
     "invalid_response": "the upstream's answer was not a whole, valid response",
     "internal_error": "mimoq could not handle this call or its answer; the worker's log says more",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import string
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from jobs import keys, leases
-from jobs.connections import connect
+from jobs.connections import connect, connect_async
 from jobs.errors import Conflict, MimoqError, NotFound, StoreUnavailable
 from jobs.leases import Job
-from jobs.requests import CHAT, MESSAGES, Request
+from jobs.requests import CHAT, MESSAGES, Request, make_request
 from jobs.results import Usage
 from jobs.states import BatchState, JobState
 from jobs.store import STAGING_TTL_S, NewBatch, Store
@@ -479,3 +480,27 @@ def test_results_stored_elsewhere_are_not_stored_here(store: Store, store_url: s
     assert run(lambda client: leases.finish(client, batch_id, ends, stored_elsewhere=True), store_url) == ["ended"]
     assert store.results(batch_id, [0]) == [None]
     assert store.status(batch_id).succeeded == 1
+
+
+def test_a_paused_batch_hands_out_nothing_until_it_goes_on(store_url: str) -> None:
+    store = Store(connect(store_url))
+    batch, _, _ = store.submit([make_request(f"p{i}", model="m") for i in range(3)], NewBatch(label="here"))
+    assert store.unfinished("here") == [batch]
+    assert store.pause(batch) is BatchState.PAUSED
+    assert store.unfinished("here") == []
+
+    async def claim() -> int:
+        client = connect_async(store_url)
+        jobs = await leases.claim(client, "w", "bulk", ["here"], 10)
+        await client.aclose(close_connection_pool=True)
+        return len(jobs)
+
+    assert asyncio.run(claim()) == 0
+    assert store.resume(batch) is BatchState.RUNNING
+    assert asyncio.run(claim()) == 3
+    assert store.cancel(batch).state is BatchState.CANCELLING
+    assert store.pause(batch) is BatchState.CANCELLING
+    with pytest.raises(NotFound):
+        store.pause("nosuch")
+    assert not store.disk_full()
+    store.client.close()

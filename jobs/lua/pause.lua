@@ -1,0 +1,18 @@
+-- Pauses a batch, so that nothing of it is claimed, or lets a paused one go on. What is in flight goes on either way.
+--
+-- KEYS[1] prefix
+-- ARGV[1] batch id    ARGV[2] 'paused' or 'running'
+--
+-- Returns the batch's state afterwards, or 'unknown'.
+
+--!include common.lua
+
+local state = redis.call('HGET', record(ARGV[1]), 'state')
+if not state then return 'unknown' end
+if (state == 'running' or state == 'paused') and state ~= ARGV[2] then
+  redis.call('HSET', record(ARGV[1]), 'state', ARGV[2])
+  if ARGV[2] == 'running' then wake(ARGV[1]) end
+  redis.call('PUBLISH', of(ARGV[1], 'events'), 0)
+  return ARGV[2]
+end
+return state
