@@ -19,9 +19,7 @@ LEASES = PREFIX + "leases"  # zset: fencing token -> unix time its lease ends
 WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbeat
 REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
 ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another Redis than this one
-REVOKED = (
-    PREFIX + "revoked"
-)  # list: `<job id>:<cancelled, expired or queued>:<retention>`, to be told to that other Redis
+REVOKED = PREFIX + "revoked"  # list: `<job id>:<cancelled or expired>:<retention>`, to be told to that other Redis
 
 LANES = ("interactive", "bulk")
 

@@ -377,9 +377,18 @@ class Store:
         again, start = 0, 0
         with redis_errors():
             while start >= 0:
+                if self._results is not self.client:
+                    self._forget_failures(batch_id, start)
                 count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
                 again += count
         return again
+
+    def _forget_failures(self, batch_id: str, start: int) -> None:
+        """Takes failures that are to be queued again out of the other Redis; before that, so that no new result goes."""
+        states = self.client.getrange(keys.states(batch_id), start, start + SCRIPT_JOBS - 1)
+        failed = [start + place for place, byte in enumerate(states) if TERMINAL.get(byte) is JobState.FAILED]
+        if failed:
+            self._results.delete(*(keys.result(job_id(batch_id, index)) for index in failed))
 
     def subscribe(self, batch_id: str) -> Any:
         """A redis-py `PubSub` that gets a message whenever jobs of the batch end."""

@@ -204,9 +204,12 @@ class Producer:
     def cancel(self, id: str) -> BatchStatus:
         """Cancels a batch (or the batch of one that a job id names): queued jobs at once, those in flight in seconds.
 
-        Answers that have come are kept. Raises `NotFound`.
+        Answers that have come are kept. Raises `NotFound`, or `UsageError` for one job of several.
         """
-        return self._connection.store.cancel(_batch(id))
+        batch_id = _batch(id)
+        if id != batch_id and (total := self.status(batch_id).total) > 1:
+            raise UsageError(f"{id} is one job of {total:,}; a batch is cancelled as a whole, by its id {batch_id}")
+        return self._connection.store.cancel(batch_id)
 
     def close(self) -> None:
         """Closes the connections; what was submitted goes on."""

@@ -130,9 +130,8 @@ class Engine:
             try:
                 answers = await self.outside.answers([job for job in jobs if job.crashes])
             except (RedisError, OSError) as error:
+                # Not given back, which would forget that they have seen a crash: their leases run out.
                 log.warning("results_away", error=type(error).__name__)
-                for job in jobs:
-                    self.flusher.give_back(job, 0.0, job.attempts)
                 return
         for job in jobs:
             payload = answers.get(job.job_id)
@@ -189,7 +188,7 @@ class Engine:
             self.holding.hand_back(run)
 
     async def _call(self, run: Run, reservation: str, due: float) -> None:
-        called = False
+        called = 0.0  # unix time
         try:
             delay_s = due - time.monotonic()
             if delay_s > 0:
@@ -198,7 +197,7 @@ class Engine:
                 self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
                 self._queue(run, first=True)
                 return
-            called = True
+            called = time.time()
             request = run.job.request
             outcome = await self.upstream.call(request.endpoint, request.body)
             verdict = classify(outcome, request.endpoint)
@@ -210,13 +209,16 @@ class Engine:
             # Its batch was cancelled, or the drain's time is over.
             end = settlements.broken_off(reservation) if called else settlements.unused(reservation, run.estimate)
             self.flusher.settle(run.model, end)
+            if called and not run.over:
+                outcome = Outcome(started_at=called, latency_s=time.time() - called, error="aborted", sent=True)
+                run.add(outcome, Verdict(Kind.RETRY, "aborted", maybe_billed=True), self.account, 0.0, counted=False)
             self.holding.hand_back(run)
         except Exception as error:
             # A fault of ours, which the next call of this job would meet again, paid for again.
             log.error("call_died", job=run.job.job_id, error=type(error).__name__, exc_info=error)
             self.flusher.settle(run.model, settlements.broken_off(reservation))
-            outcome = Outcome(started_at=time.time(), error="internal_error", sent=called)
-            self._finish(run, outcome, Verdict(Kind.FAILED, "internal_error", maybe_billed=called))
+            outcome = Outcome(started_at=time.time(), error="internal_error", sent=bool(called))
+            self._finish(run, outcome, Verdict(Kind.FAILED, "internal_error", maybe_billed=bool(called)))
         finally:
             del self.flying[reservation]
             run.flying = False

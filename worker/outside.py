@@ -12,8 +12,9 @@ from jobs import keys
 from jobs.leases import End, Job
 from jobs.results import revoked_payload
 
-#: Revoked results written in one round.
-REVOKED = 500
+#: Revoked results written at once, and how often that is done in one of the reaper's rounds.
+REVOKED = 1_000
+ROUNDS = 20
 
 
 class Outside:
@@ -62,19 +63,16 @@ class Outside:
         await self._store.set(keys.ELSEWHERE, 1)
 
     async def write_revoked(self) -> None:
-        """Writes the results of jobs that were cancelled or expired, and takes away those of jobs queued again."""
-        listed = await self._store.lrange(keys.REVOKED, 0, REVOKED - 1)
-        if not listed:
-            return
-        pipe = self._results.pipeline(transaction=False)
-        for raw in listed:
-            job_id, why, ttl_s = raw.decode().split(":")
-            key = keys.result(job_id)
-            if why == "queued":
-                pipe.delete(key)
-            else:
-                payload = revoked_payload(job_id, why)
+        """Writes the results of jobs that were cancelled or expired."""
+        for _ in range(ROUNDS):
+            listed = await self._store.lrange(keys.REVOKED, 0, REVOKED - 1)
+            if not listed:
+                return
+            pipe = self._results.pipeline(transaction=False)
+            for raw in listed:
+                job_id, why, ttl_s = raw.decode().split(":")
+                key, payload = keys.result(job_id), revoked_payload(job_id, why)
                 pipe.set(key, payload, ex=int(ttl_s))
                 pipe.publish(key, payload)
-        await pipe.execute()
-        await self._store.ltrim(keys.REVOKED, len(listed), -1)
+            await pipe.execute()
+            await self._store.ltrim(keys.REVOKED, len(listed), -1)

@@ -14,7 +14,6 @@ import structlog
 from redis.exceptions import RedisError
 
 from jobs import keys, leases
-from jobs.errors import StoreUnavailable
 from jobs.leases import LEASE_S
 from jobs.scripts import Script
 from worker.outside import Outside
@@ -28,6 +27,8 @@ GAP_S = 5.0
 RINGS = 32
 SWEEP_JOBS = 2_000
 SWEEPS = 20
+#: Oldest batches looked at in a round, whether their retention is over.
+FORGET_BATCHES = 100
 
 _sweep = Script("sweep")
 
@@ -109,16 +110,30 @@ class Reaper:
                     break
         if self._outside is not None:
             await self._outside.write_revoked()
+        await self._forget_expired()
         # Beside the rounds: a broker that does not answer must not keep dead workers' jobs from being given back.
         if self.ringing is None or self.ringing.done():
             unheard = await leases.unheard(self._client, RINGS)
             if unheard:
                 self.ringing = asyncio.create_task(asyncio.to_thread(self._ring, unheard))
 
+    async def _forget_expired(self) -> None:
+        """Takes batches whose retention is over off the list of all."""
+        oldest = await self._client.zrange(keys.BATCHES, 0, FORGET_BATCHES - 1)
+        if not oldest:
+            return
+        pipe = self._client.pipeline(transaction=False)
+        for raw in oldest:
+            pipe.exists(keys.batch(raw.decode()))
+        gone = [raw for raw, kept in zip(oldest, await pipe.execute(), strict=True) if not kept]
+        if gone:
+            await self._client.zrem(keys.BATCHES, *gone)
+
     def _ring(self, unheard: list[tuple[str, str, str, int]]) -> None:
         try:
             for lane, label, batch_id, slices in unheard:
                 if self._bell.depth(lane, label) == 0:
                     self._bell.ring(batch_id, lane, label, slices)
-        except (StoreUnavailable, RedisError, OSError) as error:
+        except Exception as error:
+            # Whatever a broker's client raises: the next round rings again.
             log.warning("broker_away", error=type(error).__name__)

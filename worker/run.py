@@ -66,8 +66,8 @@ class Run:
         """Attempts that count against the job's limit."""
         return sum(attempt.counted for attempt in self.attempts)
 
-    def add(self, outcome: Outcome, verdict: Verdict, account: str, wait_s: float) -> None:
-        """Records one attempt."""
+    def add(self, outcome: Outcome, verdict: Verdict, account: str, wait_s: float, counted: bool = True) -> None:
+        """Records one attempt; `counted` says whether it counts, if its verdict does."""
         self.attempts.append(
             Attempt(
                 at=round(outcome.started_at, 3),
@@ -79,7 +79,7 @@ class Run:
                 wait_s=round(wait_s, 3),
                 usage=outcome.usage,
                 maybe_billed=verdict.maybe_billed,
-                counted=verdict.kind not in (Kind.REFUSED, Kind.GATE),
+                counted=counted and verdict.kind not in (Kind.REFUSED, Kind.GATE),
             )
         )
 

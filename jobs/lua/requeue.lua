@@ -19,9 +19,6 @@ for index = from, stop - 1 do
   if string.sub(bytes, index - from + 1, index - from + 1) == 'f' then
     redis.call('SETRANGE', of(batch, 'states'), index, '\0')
     redis.call('DEL', 'celery-task-meta-' .. batch .. '-' .. string.format('%d', index))
-    if redis.call('EXISTS', prefix .. 'elsewhere') == 1 then
-      redis.call('RPUSH', prefix .. 'revoked', batch .. '-' .. string.format('%d', index) .. ':queued:0')
-    end
     -- Where the cursor has not been, the claim finds the job by itself.
     if index < tonumber(redis.call('HGET', record(batch), 'cursor')) then
       if math.floor(index / size) ~= block then

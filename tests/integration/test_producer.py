@@ -265,3 +265,10 @@ def test_a_broker_that_is_away_is_only_warned_of(store_url: str, caplog: pytest.
         assert producer.status(batch_id).total == 2
     assert "ring_failed" in caplog.text
     assert batch_id in caplog.text
+
+
+def test_one_job_of_several_is_not_cancelled_with_the_others(store_url: str) -> None:
+    with Producer(redis_url=store_url, broker_url="redis://127.0.0.1:1/0") as producer:
+        batch_id = producer.submit_many(["one", "two"])
+        with pytest.raises(UsageError, match="one job of 2"):
+            producer.cancel(f"{batch_id}-1")

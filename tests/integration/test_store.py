@@ -504,3 +504,26 @@ def test_a_paused_batch_hands_out_nothing_until_it_goes_on(store_url: str) -> No
         store.pause("nosuch")
     assert not store.disk_full()
     store.client.close()
+
+
+def test_failures_stored_elsewhere_go_before_their_jobs_are_queued_again(store_url: str) -> None:
+    elsewhere = connect(f"{store_url}?db=4")
+    store = Store(connect(store_url), elsewhere)
+    batch, _, _ = store.submit([make_request(f"p{i}", model="m") for i in range(3)], NewBatch())
+
+    async def fail() -> None:
+        client = connect_async(store_url)
+        jobs = await leases.claim(client, "w", "bulk", [""], 2)
+        for job in jobs:
+            elsewhere.set(keys.result(job.job_id), b"a failure")
+        ends = [leases.End(job, "f", b"a failure", 1, Usage()) for job in jobs]
+        await leases.finish(client, batch, ends, stored_elsewhere=True)
+        await client.aclose(close_connection_pool=True)
+
+    asyncio.run(fail())
+    assert store.requeue_failed(batch) == 2
+    assert elsewhere.keys("celery-task-meta-*") == []
+    assert store.client.llen(keys.REVOKED) == 0
+    assert store.status(batch).queued == 3
+    elsewhere.close()
+    store.client.close()
