@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ def main() -> NoReturn:
         status = 130
     finally:
         prepared.end()
-    sys.exit(status)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    # All is written, and stdout is flushed. The interpreter's own end would take another 0.1 s.
+    os._exit(status)
 
 
 def _is_run(args: list[str]) -> bool:

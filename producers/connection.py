@@ -60,10 +60,14 @@ class Connection:
         A broker that is away is only warned of: the batch stands, and a worker's reaper rings for what nobody heard.
         """
         try:
-            self.bell.ring(batch_id, lane, label, -(-jobs // self.settings.slice_size))
+            self.bell.ring(batch_id, lane, label, self.slices(jobs))
         except StoreUnavailable as error:
             # The standard library's logging, which goes to stderr also in a program that configures none.
             log.warning("ring_failed: batch %s is submitted, but %s", batch_id, error)
+
+    def slices(self, jobs: int) -> int:
+        """How many slices so many jobs make: one ring for each."""
+        return -(-jobs // self.settings.slice_size)
 
     def close(self) -> None:
         """Gives everything back; an embedded Valkey stops after its last user."""

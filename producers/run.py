@@ -33,7 +33,7 @@ from producers.rows import Rows
 from producers.simulation import Simulation
 from producers.source import judge, opened_input, say
 from producers.watch import Watch
-from producers.workers import Workers
+from producers.workers import Rings, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class Run:
                 open_gate(self._connection.client, identity.account_of(settings))
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
                 self._name_others(batch_id, label)
-                self._begin_workers(own, settings)
-            # After they have begun: they look for work by themselves, and importing Celery takes its time.
-            self._connection.ring(batch_id, "bulk", label, queued)
+                self._begin_workers(own, settings, (batch_id, "bulk", label, self._connection.slices(queued)))
+            else:
+                self._connection.ring(batch_id, "bulk", label, queued)
             return self._watch(batch_id, rows)
         finally:
             rows.close()
@@ -133,7 +133,7 @@ class Run:
             if other != batch_id:
                 say(f"batch {other} is unfinished here and goes on too; `mimoq cancel {other}` stops it")
 
-    def _begin_workers(self, count: int, settings: Settings) -> None:
+    def _begin_workers(self, count: int, settings: Settings, rings: Rings) -> None:
         variables = {}
         for name in settings.model_fields_set | {"data_dir", "simulated"}:
             value = getattr(settings, name)
@@ -145,7 +145,7 @@ class Run:
             variables[f"{PREFIX}BASE_URL"] = self._simulation.wait()
             variables[f"{PREFIX}API_KEY"] = "simulated"
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._workers.begin(count, variables, settings.data_dir.resolve() / "worker.log", settings.drain_s)
+        self._workers.begin(count, variables, settings.data_dir.resolve() / "worker.log", settings.drain_s, rings)
 
     # -- the batch
 

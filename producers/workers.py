@@ -26,6 +26,10 @@ RESTART_S = 0.2
 LOG_BYTES = 10_000_000
 
 
+#: What is to be rung for: batch id, lane, label of the upstream, times.
+Rings = tuple[str, str, str, int]
+
+
 class Workers:
     """The worker processes of one command; `since` is the monotonic time at which the command began."""
 
@@ -47,22 +51,28 @@ class Workers:
         """
         self._children.append(_spawn())
 
-    def begin(self, count: int, settings: Mapping[str, str], log: Path, drain_s: float) -> None:
-        """Lets `count` workers take jobs, with these `MIMOQ_...` variables over their environment's."""
+    def begin(self, count: int, settings: Mapping[str, str], log: Path, drain_s: float, rings: Rings) -> None:
+        """Lets `count` workers take jobs, with these `MIMOQ_...` variables over their environment's.
+
+        The first of them does the ringing for the command, because it has Celery imported anyway.
+        """
         self._count = count
         self._patience_s = drain_s + 15
-        self._told = json.dumps({"settings": dict(settings), "log": str(log)}).encode() + b"\n"
+        told = {"settings": dict(settings), "log": str(log)}
+        self._told = json.dumps(told).encode() + b"\n"
+        first = json.dumps({**told, "rings": rings}).encode() + b"\n"
         self._log = log
         if log.exists() and log.stat().st_size > LOG_BYTES:
             log.replace(log.with_name(log.name + ".1"))
-        for child in self._children:
-            self._tell(child)
-        self.ensure()
+        while len(self._children) < count:
+            self.prepare()
+        for place, child in enumerate(self._children):
+            self._tell(child, self._told if place else first)
 
-    def _tell(self, child: subprocess.Popen[bytes]) -> None:
+    def _tell(self, child: subprocess.Popen[bytes], told: bytes) -> None:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died; `ensure` sees to it
-            child.stdin.write(self._told)
+            child.stdin.write(told)
             child.stdin.flush()
 
     def ensure(self) -> None:
@@ -86,7 +96,7 @@ class Workers:
             while len(self._children) < self._count:
                 child = _spawn()
                 self._children.append(child)
-                self._tell(child)
+                self._tell(child, self._told)
 
     def _last_words(self) -> str:
         try:

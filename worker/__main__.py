@@ -8,6 +8,7 @@ is gone, however it went, drains too: it holds the other end of its standard inp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -58,7 +60,8 @@ def _number(text: str) -> int:
 
 def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
     """This process becomes a Celery worker of the lane, and ends as one."""
-    if start_on_stdin and not _told_to_start():
+    told = _told_to_start() if start_on_stdin else {}
+    if told is None:
         sys.exit(0)  # whoever started us has changed its mind
     # Celery prints its banner and its goodbye to stdout, which carries only what was asked for.
     os.dup2(2, 1)
@@ -88,11 +91,23 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
         without_heartbeat=True,
     )
     early.pass_on()
+    if rings := told.get("rings"):
+        # Beside Celery: for a million jobs it takes a while. What is lost of it the reaper makes up for.
+        threading.Thread(target=_ring, args=rings, name="mimoq-bell", daemon=True).start()
     gc.freeze()  # what has been imported stays; collections of garbage need not look at it again
     worker.start()
     logging.shutdown()
     # All is written. The interpreter's own end would take another 0.2 s, for which a command waits.
     os._exit(int(worker.exitcode or 0))
+
+
+def _ring(batch_id: str, lane: str, label: str, times: int) -> None:
+    """Rings for the command that started this worker."""
+    from jobs.errors import StoreUnavailable
+    from worker.host import host
+
+    with contextlib.suppress(StoreUnavailable):
+        host().ring(batch_id, lane, label, times)
 
 
 class EarlyStop:
@@ -120,10 +135,11 @@ class EarlyStop:
             state.should_stop = 0
 
 
-def _told_to_start() -> bool:
-    """Imports what takes time, then reads one line from standard input: `{"settings": {"MIMOQ_...": ...}, "log": path}`.
+def _told_to_start() -> dict[str, Any] | None:
+    """Imports what takes time, then reads one line from standard input; None when there is none to come.
 
-    They come this way because a command starts its worker before it knows its own settings.
+    `{"settings": {"MIMOQ_...": ...}, "log": path, "rings": [batch id, lane, label, times]}`, rings if any. They come this
+    way because a command starts its worker before it knows its own settings.
     """
     import json
 
@@ -137,14 +153,14 @@ def _told_to_start() -> bool:
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)  # not a buffered read: what comes after the line is the starter's end
         if not byte:
-            return False
+            return None
         line += byte
-    told = json.loads(line)
+    told: dict[str, Any] = json.loads(line)
     os.environ.update(told["settings"])
     log = os.open(told["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(log, 2)
     os.close(log)
-    return True
+    return told
 
 
 class Supervisor:
