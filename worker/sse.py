@@ -7,6 +7,7 @@ end of a complete answer is ignored: it was paid for, and it is whole.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
@@ -78,7 +79,7 @@ class EventParser:
         return events
 
 
-class Joiner:
+class Joiner(ABC):
     """What both protocols share: `feed` bytes, then `finish`."""
 
     def __init__(self, limit: int = MAX_ANSWER_BYTES) -> None:
@@ -149,11 +150,13 @@ class Joiner:
         self.done = self.complete
         self.error = None if self.complete else _encode(error)
 
+    @abstractmethod
     def _take(self, event: dict[str, Any], name: bytes) -> None:
-        raise NotImplementedError
+        """Takes one event in."""
 
+    @abstractmethod
     def _joined(self) -> object:
-        raise NotImplementedError
+        """The response that the events make."""
 
 
 class ChatJoiner(Joiner):

@@ -292,3 +292,15 @@ def test_it_goes_on_when_redis_is_back(store: Store, store_url: str, monkeypatch
         assert task.cancelled()
 
     run(main, store_url)
+
+
+def test_batches_that_are_no_longer_kept_leave_the_list_of_all(store: Store, store_url: str) -> None:
+    kept, *_ = store.submit(requests(1), NewBatch())
+    gone, *_ = store.submit(requests(1), NewBatch())
+    store.client.delete(keys.batch(gone))
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("w"))
+
+    reaping(store_url, work)
+    assert store.client.zrange(keys.BATCHES, 0, -1) == [kept.encode()]
