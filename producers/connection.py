@@ -59,6 +59,8 @@ class Connection:
 
         A broker that is away is only warned of: the batch stands, and a worker's reaper rings for what nobody heard.
         """
+        if jobs <= 0:
+            return  # not even the bell is made: a run that has nothing left to call does not wait for Celery
         try:
             self.bell.ring(batch_id, lane, label, self.slices(jobs))
         except StoreUnavailable as error:

@@ -36,7 +36,6 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._over = asyncio.Event()
-        self.died = False
         self._thread = threading.Thread(target=self._run, name="mimoq-engine", daemon=True)
         self.worker_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
@@ -63,7 +62,6 @@ class EngineThread:
         """Ends the worker, by Celery's warm shutdown: one without an engine would answer rings for nothing."""
         from celery.worker import state
 
-        self.died = True
         state.should_stop = os.EX_SOFTWARE
 
     async def _main(self) -> None:
