@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import UsageError
 
@@ -23,6 +23,7 @@ PREFIX = "MIMOQ_"
 DEFAULT_BASE_URL = "https://genaiapi.cloudsway.net"
 
 Positive = Annotated[int, Field(ge=1)]
+Status = Annotated[int, Field(ge=100, le=599)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -68,7 +69,26 @@ class Settings(BaseSettings):
     )
     worker_max_in_flight: Positive = Field(512, description="Calls in flight at once in one worker process.")
     slice_size: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="Jobs in one slice.")
+    interactive_share: Annotated[float, Field(ge=0, le=0.9)] = Field(
+        0.2,
+        description="Share of the request and token rates that interactive jobs get first; bulk uses what they leave.",
+    )
+    estimate_completion_tokens: Positive = Field(
+        1024,
+        description="Completion tokens reserved for a call of a batch that has no answers yet, or its own limit if less.",
+    )
     max_attempts: Positive = Field(5, description="Attempts of one job before it fails; a 429 is not counted.")
+    retry_statuses: Annotated[frozenset[Status], NoDecode] = Field(
+        frozenset(), description="Further statuses that are retried, as in `402,418`; 429 and 5xx are anyway."
+    )
+    bad_answers: Annotated[frozenset[Literal["empty_answer", "degenerate_answer"]], NoDecode] = Field(
+        frozenset({"empty_answer", "degenerate_answer"}),
+        description="Answers that are retried and at last failed, or `none`: `empty_answer` has no content and no tool "
+        "call, `degenerate_answer` ended for one of DEGENERATE_FINISH_REASONS.",
+    )
+    degenerate_finish_reasons: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset({"repetition_truncation"}), description="Finish reasons that make an answer a `degenerate_answer`."
+    )
     streaming: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Stream upstream and join the pieces. `auto`: if the body says so, or allows over 4,096 tokens.",
@@ -92,6 +112,14 @@ class Settings(BaseSettings):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("retry_statuses", "bad_answers", "degenerate_finish_reasons", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        names = frozenset(name.strip() for name in value.split(",") if name.strip())
+        return frozenset() if names == {"none"} else names
 
     @field_validator("base_url")
     @classmethod
@@ -191,10 +219,11 @@ def sources(settings: Settings, **overrides: Any) -> Iterator[tuple[str, str, st
             source = ".env"
         else:
             source = "default"
-        yield variable, _shown(value), source
+        yield variable, "(unset)" if value is None else as_text(value), source
 
 
-def _shown(value: object) -> str:
-    if value is None:
-        return "(unset)"
+def as_text(value: object) -> str:
+    """A setting's value as a variable spells it; secrets stay masked."""
+    if isinstance(value, frozenset):
+        return ",".join(sorted(str(item) for item in value)) or "none"
     return str(value)

@@ -44,7 +44,7 @@ def settings_page() -> str:
     """The reference of all settings."""
     rows = []
     for variable, schema in _settings():
-        default = f"`{_text(schema['default'])}`" if schema["default"] is not None else "unset"
+        default = f"`{_text(schema['default'])}`" if schema["default"] not in (None, []) else "unset"
         cells = (f"`{variable}`", _value(schema), default, schema["description"])
         rows.append(f"| {' | '.join(cells)} |\n")
     return SETTINGS_HEAD + "".join(rows)
@@ -73,6 +73,9 @@ def _value(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in kind["enum"])
     if kind.get("format") in ("password", "path"):
         return "secret" if kind["format"] == "password" else "path"
+    if kind["type"] == "array":
+        names = kind["items"].get("enum")
+        return f"list of {', '.join(f'`{name}`' for name in names)}" if names else f"list of {kind['items']['type']}s"
     words = {"string": "text", "boolean": "`true`, `false`", "integer": "integer", "number": "number"}[kind["type"]]
     bounds = {"minimum": "from", "exclusiveMinimum": "over", "maximum": "to"}
     return " ".join([words, *(f"{word} {_text(kind[bound])}" for bound, word in bounds.items() if bound in kind)])
@@ -81,6 +84,8 @@ def _value(schema: dict[str, Any]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(sorted(str(item) for item in value))  # of a set: its own order changes from run to run
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 

@@ -20,7 +20,7 @@ from jobs import identity
 from jobs.errors import MimoqError, UsageError
 from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
 from jobs.results import Usage
-from jobs.settings import PREFIX, Settings
+from jobs.settings import PREFIX, Settings, as_text
 from jobs.states import BatchState
 from jobs.store import BatchStatus, NewBatch
 from jobs.workers import open_gate
@@ -139,7 +139,7 @@ class Run:
             value = getattr(settings, name)
             if value is not None:
                 shown = value.get_secret_value() if hasattr(value, "get_secret_value") else value
-                variables[PREFIX + name.upper()] = str(shown)
+                variables[PREFIX + name.upper()] = as_text(shown)
         variables[f"{PREFIX}DATA_DIR"] = str(settings.data_dir.resolve())
         if self._simulation is not None:
             variables[f"{PREFIX}BASE_URL"] = self._simulation.wait()
