@@ -48,13 +48,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a job ended: `letter` is `s` or `f`; usage and attempts over all its calls."""
+    """How a job ended: `letter` is `s` or `f`, `code` a failure's; usage and attempts over all its calls."""
 
     job: Job
     letter: str
     payload: bytes = field(repr=False)
     calls: int
     usage: Usage
+    code: str = ""
 
 
 async def claim(

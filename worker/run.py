@@ -108,7 +108,8 @@ class Run:
             payload = success_payload(job.job_id, outcome.body or b"null", about, compress)
         else:
             payload = failure_payload(job.job_id, about, compress)
-        return End(job, "s" if succeeded else "f", payload, len(self.attempts), usage)
+        code = "" if succeeded else verdict.code
+        return End(job, "s" if succeeded else "f", payload, len(self.attempts), usage, code)
 
 
 _MESSAGES = {
