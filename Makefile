@@ -5,10 +5,10 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format lock docs clean
+.PHONY: help setup demo test check bench bench-limits format lock docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
 
 setup: ## make .venv from requirements.lock; PYTHON=... chooses the interpreter
 	@sh ops/setup.sh
@@ -32,6 +32,9 @@ check: setup ## what continuous integration runs: format, lint, types, import ru
 
 bench: setup ## a run beside a bare loop, as a ratio (about a minute)
 	@$(BIN)/python -m ops.bench.run
+
+bench-limits: setup ## how far limits are used and faults survived, a table each (about ten minutes)
+	@$(BIN)/python -m ops.bench.limits
 
 format: setup ## format the code and mend what the linter can
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .

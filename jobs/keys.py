@@ -20,6 +20,7 @@ WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbe
 REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
 ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another Redis than this one
 REVOKED = PREFIX + "revoked"  # list: `<job id>:<cancelled or expired>:<retention>`, to be told to that other Redis
+LIMITS = PREFIX + "limits"  # zset: `<account>:<model>` of every limit record -> unix time it was last used
 
 LANES = ("interactive", "bulk")
 
@@ -95,17 +96,22 @@ def identity(digest: str) -> str:
 
 
 def limit(account: str, model: str) -> str:
-    """hash: levels of the buckets, window, adaptation record."""
+    """hash: levels of the buckets, window, gate, learned rate: what limits.lua and adapt.lua name."""
     return f"{PREFIX}limit:{account}:{model}"
 
 
-def flight(account: str, model: str) -> str:
+def flight(lane: str, account: str, model: str) -> str:
     """zset: reservation id -> unix time at which it counts as lost with its worker."""
-    return f"{PREFIX}flight:{account}:{model}"
+    return f"{PREFIX}flight:{lane}:{account}:{model}"
+
+
+def minute(account: str, model: str) -> str:
+    """hash: `r` or `t` and the number of a quarter second -> requests or tokens started in it."""
+    return f"{PREFIX}minute:{account}:{model}"
 
 
 def gate(account: str) -> str:
-    """hash: reason, status, since, until (no call before), step_s; absent while the account is open."""
+    """hash: reason, status, since, until (no call before), step_s, refused_at; absent while the account is open."""
     return f"{PREFIX}gate:{account}"
 
 

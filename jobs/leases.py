@@ -9,13 +9,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs import keys
 from jobs.blocks import decode_block, decode_large
 from jobs.requests import Request
 from jobs.results import Usage
-from jobs.scripts import Script
+from jobs.scripts import Call, Script
 
 #: Seconds a lease lasts unless it is renewed; what a dead worker held is free again after this and a reaper's round.
 LEASE_S = 10.0
@@ -40,6 +40,7 @@ class Job:
     crashes: int
     max_attempts: int | None
     ttl_s: int
+    lane: str = "bulk"
 
     @property
     def job_id(self) -> str:
@@ -84,13 +85,14 @@ async def claim(
                     crashes=int(crashes),
                     max_attempts=int(most) if most else None,
                     ttl_s=int(ttl),
+                    lane=lane,
                 )
             )
     return found
 
 
-async def finish(client: Any, batch_id: str, ends: list[End], stored_elsewhere: bool = False) -> list[str]:
-    """Stores ends of jobs of one batch; one word each: `ended`, `again`, `late` or `fenced` (see finish.lua)."""
+def finish_call(batch_id: str, ends: list[End], stored_elsewhere: bool = False) -> Call:
+    """Stores ends of jobs of one batch; one word each, as bytes: `ended`, `again`, `late` or `fenced` (see finish.lua)."""
     args: list[Any] = [batch_id]
     for end in ends:
         usage = end.usage
@@ -106,22 +108,43 @@ async def finish(client: Any, batch_id: str, ends: list[End], stored_elsewhere: 
             usage.cached_tokens,
             usage.total_tokens,
             end.job.ttl_s,
+            end.code,
         )
-    return [word.decode() for word in await _finish(client, [keys.PREFIX], args)]
+    return Call(_finish, [keys.PREFIX], args)
 
 
-async def give_back(client: Any, batch_id: str, jobs: Iterable[tuple[Job, float, bytes]]) -> int:
-    """Gives jobs of one batch back: `(job, seconds to wait, JSON of its attempts so far)`; returns how many are ready."""
+async def finish(client: Any, batch_id: str, ends: list[End], stored_elsewhere: bool = False) -> list[str]:
+    """`finish_call`, made alone."""
+    script, names, args = finish_call(batch_id, ends, stored_elsewhere)
+    return [word.decode() for word in await script(client, names, args)]
+
+
+def give_back_call(batch_id: str, jobs: Iterable[tuple[Job, float, bytes]]) -> Call:
+    """Gives jobs of one batch back: `(job, seconds to wait, JSON of its attempts so far)`; replies how many are ready."""
     args: list[Any] = [batch_id]
     for job, delay_s, attempts in jobs:
         args += (job.index, job.token, delay_s, attempts)
-    return int(await _give_back(client, [keys.PREFIX], args))
+    return Call(_give_back, [keys.PREFIX], args)
 
 
-async def renew(client: Any, tokens: Iterable[str], lease_s: float = LEASE_S) -> tuple[set[str], set[str]]:
-    """Renews leases; returns `(tokens that are lost, tokens whose batch is being cancelled or has expired)`."""
-    lost, closing = await _renew(client, [keys.PREFIX], [lease_s, *tokens])
-    return {token.decode() for token in lost}, {token.decode() for token in closing}
+async def give_back(client: Any, batch_id: str, jobs: Iterable[tuple[Job, float, bytes]]) -> int:
+    """`give_back_call`, made alone."""
+    script, names, args = give_back_call(batch_id, jobs)
+    return int(await script(client, names, args))
+
+
+class Renewed(NamedTuple):
+    """What a renewal found: tokens that are lost, whose batch is being cancelled or has expired, whose batch is paused."""
+
+    lost: set[str]
+    closing: set[str]
+    paused: set[str]
+
+
+async def renew(client: Any, tokens: Iterable[str], lease_s: float = LEASE_S) -> Renewed:
+    """Renews leases."""
+    found = await _renew(client, [keys.PREFIX], [lease_s, *tokens])
+    return Renewed(*({token.decode() for token in tokens} for tokens in found))
 
 
 async def reap(client: Any, leases: int = 200, batches: int = 100) -> tuple[int, int]:

@@ -57,6 +57,8 @@ class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
     usage: Usage | None = None
     maybe_billed: bool = False
     counted: bool = True
+    times: int = 1
+    """How many calls alike this record stands for: the first one's figures, but the usage of all."""
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):

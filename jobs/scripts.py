@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 INCLUDE = "--!include "
 
@@ -21,7 +22,7 @@ def source(package: str, name: str) -> str:
     lines = []
     for line in text.splitlines():
         if line.startswith(INCLUDE):
-            lines.append(source("jobs", line.removeprefix(INCLUDE).strip().removesuffix(".lua")))
+            lines.append(source(package, line.removeprefix(INCLUDE).strip().removesuffix(".lua")))
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
@@ -58,3 +59,28 @@ class Script:
             return await client.evalsha(self.sha, len(keys), *keys, *args)
         except NoScriptError:
             return await client.eval(self.text, len(keys), *keys, *args)
+
+
+class Call(NamedTuple):
+    """A script with what it is called with."""
+
+    script: Script
+    keys: list[str]
+    args: list[Any]
+
+
+async def call_all(client: Any, calls: Sequence[Call]) -> list[Any]:
+    """The replies of these scripts, called in this order in one round trip of an async client; not one transaction.
+
+    Where the server does not know one, all are called again, one by one: they must be idempotent.
+    """
+    from redis.exceptions import NoScriptError
+
+    pipe = client.pipeline(transaction=False)
+    for script, names, args in calls:
+        pipe.evalsha(script.sha, len(names), *names, *args)
+    try:
+        replies: list[Any] = await pipe.execute()
+    except NoScriptError:
+        return [await script(client, names, args) for script, names, args in calls]
+    return replies

@@ -67,7 +67,7 @@ class NewBatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchStatus:
-    """One look at a batch: its counts always add up to `total`."""
+    """One look at a batch: its counts always add up to `total`; `reason` says why it paused by itself, else ''."""
 
     batch_id: str
     state: BatchState
@@ -340,7 +340,7 @@ class Store:
         return self._set_paused(batch_id, BatchState.PAUSED)
 
     def resume(self, batch_id: str) -> BatchState:
-        """Lets a paused batch go on; returns its state. Raises `NotFound`."""
+        """Lets a paused batch go on, whatever it paused for; returns its state. Raises `NotFound`."""
         return self._set_paused(batch_id, BatchState.RUNNING)
 
     def _set_paused(self, batch_id: str, state: BatchState) -> BatchState:

@@ -266,6 +266,31 @@ def cancel(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: Dat
     return 0
 
 
+@app.command()
+def pause(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: DataDir = None) -> int:
+    """Pause a batch: nothing more of it is called until it is resumed; calls in flight end."""
+    return _set_paused(batch, data_dir, paused=True)
+
+
+@app.command()
+def resume(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: DataDir = None) -> int:
+    """Let a paused batch go on, whether it was paused by hand or because its first jobs all failed alike."""
+    return _set_paused(batch, data_dir, paused=False)
+
+
+def _set_paused(batch: str, data_dir: Path | None, *, paused: bool) -> int:
+    from producers.connection import Connection
+    from producers.source import say
+
+    connection = Connection(_settings(data_dir=data_dir))
+    try:
+        state = connection.store.pause(batch) if paused else connection.store.resume(batch)
+    finally:
+        connection.close()
+    say(f"batch {batch} is {state}")
+    return 0
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def worker(context: typer.Context) -> NoReturn:
     """Run workers that take jobs off the queues (--lane, --processes)."""

@@ -136,7 +136,7 @@ class Live:
         if view.left_s is not None:
             figures += f", {_duration(view.left_s)} left"
         if view.held_back:
-            figures += f"\nheld back by {view.held_back}"
+            figures += f"\nheld back: {view.held_back}"
         self._progress.update(self._task, total=status.total, completed=status.ended, counts=counts, figures=figures)
 
     def close(self) -> None:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+from pydantic import SecretStr
 
 from jobs import identity
 from jobs.errors import MimoqError, UsageError
+from jobs.gates import open_gate
 from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
 from jobs.results import Usage
 from jobs.settings import PREFIX, Settings, as_text
 from jobs.states import BatchState
 from jobs.store import BatchStatus, NewBatch
-from jobs.workers import open_gate
 from producers.connection import Connection
 from producers.interrupts import Interrupts
 from producers.output import check_paths, default_output, error_file
@@ -102,7 +103,8 @@ class Run:
         options, settings = self._options, self._settings
         if options.simulate:
             self._simulation = Simulation()
-            settings = settings.model_copy(update={"simulated": True})
+            # With a key of its own, so that no gate of the real account is taken for the simulator's.
+            settings = settings.model_copy(update={"simulated": True, "api_key": SecretStr("simulated")})
         own = options.workers if options.workers is not None else (0 if settings.redis_url is not None else 1)
         if options.simulate:
             own = max(own, 1)  # nobody else's worker takes simulated work
@@ -114,15 +116,14 @@ class Run:
         rows = Rows(output, errors, run_identity)
         try:
             batch_id, queued = self._batch(file, defaults, report, run_identity, label, rows)
-            if self._simulation is None:
-                # Every run may try its key at once; before workers begin, so that what they meet stays.
-                open_gate(self._connection.client, identity.account_of(settings))
+            # Every run may try its key at once; before workers begin, so that what they meet is later.
+            opened_at = open_gate(self._connection.client, identity.account_of(settings))
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
                 self._name_others(batch_id, label)
                 self._begin_workers(own, settings, (batch_id, "bulk", label, self._connection.slices(queued)))
             else:
                 self._connection.ring(batch_id, "bulk", label, queued)
-            return self._watch(batch_id, rows)
+            return self._watch(batch_id, rows, errors, opened_at)
         finally:
             rows.close()
 
@@ -143,7 +144,6 @@ class Run:
         variables[f"{PREFIX}DATA_DIR"] = str(settings.data_dir.resolve())
         if self._simulation is not None:
             variables[f"{PREFIX}BASE_URL"] = self._simulation.wait()
-            variables[f"{PREFIX}API_KEY"] = "simulated"
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._workers.begin(count, variables, settings.data_dir.resolve() / "worker.log", settings.drain_s, rings)
 
@@ -215,17 +215,20 @@ class Run:
 
     # -- to its end
 
-    def _watch(self, batch_id: str, rows: Rows) -> int:
+    def _watch(self, batch_id: str, rows: Rows, errors: Path, opened_at: float) -> int:
         assert self._connection is not None
-        watch = Watch(
-            self._connection, self._settings, batch_id, rows, self._workers, self._simulation, self._interrupts
-        )
+        watch = Watch(self._connection, batch_id, rows, self._workers, self._simulation, self._interrupts, opened_at)
         try:
             finished = watch.watch(display(self._options.quiet, self._settings))
         finally:
             rows.close()
             self._summary(watch.status)
         if not finished:
+            if watch.paused and not self._interrupts.count:
+                raise MimoqError(
+                    f"{watch.paused}; see {errors}, then run the same command again "
+                    "(with --retry-failed to call these again too)"
+                )
             return self._interrupts.status
         status = watch.status
         if (missing := status.total - rows.count()) > 0:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
+from datetime import UTC, datetime
 
 import msgspec
 
 from jobs import identity
-from jobs.workers import gate_of, live_workers
+from jobs.gates import Gate, gates_of, server_time
+from jobs.workers import live_workers
 from producers.connection import Connection
 
 SHOWN = 20
 
 
 def show_status(connection: Connection, batch: str | None, as_json: bool) -> None:
-    """One batch or the newest ones on stdout; workers and gates with them. Raises `NotFound`."""
+    """One batch or the newest ones on stdout; workers and gates with them. Raises `NotFound`.
+
+    As JSON an object a batch, each with the shut gates of this user's account.
+    """
     store = connection.store
     statuses = [store.status(id) for id in ([batch] if batch is not None else store.kept_batches(SHOWN))]
+    own = identity.account_of(connection.settings)
     if as_json:
+        gates = gates_of(connection.client, own) if statuses else []
         for status in statuses:
-            sys.stdout.write(msgspec.json.encode(dataclasses.asdict(status)).decode() + "\n")
+            sys.stdout.write(msgspec.json.encode({**dataclasses.asdict(status), "gates": gates}).decode() + "\n")
         return
     for status in statuses:
         usage = status.usage
@@ -35,10 +41,16 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
         print("no batches")
     workers = live_workers(connection.client)
     print(f"{len(workers)} live worker{'' if len(workers) == 1 else 's'}")
-    for account in sorted({worker.account for worker in workers} | {identity.account_of(connection.settings)}):
-        gate = gate_of(connection.client, account)
-        if gate is not None:
-            wait = max(0.0, gate.until - time.time())
-            print(f"account {account} is shut: {gate.reason} ({gate.status}), next probe in {wait:.0f} s")
+    for account in sorted({worker.account for worker in workers} | {own}):
+        for gate in gates_of(connection.client, account):
+            print(gate_line(gate, server_time(connection.client)))
     for bound in sorted({bound for worker in workers for bound in worker.bounds}):
         print(f"held back by {bound}")
+
+
+def gate_line(gate: Gate, now: float) -> str:
+    """What is shut, why, since when, and how long it stays so from `now`, a time of the server's."""
+    model = "" if gate.model is None else f"model {gate.model} of "
+    since = datetime.fromtimestamp(gate.since, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    wait_s = gate.wait_s(now)
+    return f"{model}account {gate.account} is shut: {gate.why} since {since}, next probe in {wait_s:.0f} s"

@@ -7,10 +7,11 @@ import time
 
 from jobs import identity
 from jobs.errors import KeyRefused, MimoqError, NotFound, StoreUnavailable
-from jobs.settings import PREFIX, Settings
+from jobs.gates import account_gate, gates_of, server_time
+from jobs.settings import PREFIX
 from jobs.states import BatchState
 from jobs.store import BatchStatus
-from jobs.workers import gate_of, live_workers
+from jobs.workers import live_workers
 from producers.connection import Connection
 from producers.follow import Follower, Listener
 from producers.interrupts import Interrupts
@@ -60,34 +61,38 @@ class Patience:
 class Watch:
     """Watches one batch until it is finished or the user has had enough.
 
-    `workers` are the run's own, begun or not; `simulation` its simulator, if any. `status` is the last look.
+    `workers` are the run's own, begun or not; `simulation` its simulator, if any; `opened_at` is the server's time from
+    which on a refused key is news. `status` is the last look, `paused` why the batch paused by itself, or ''.
     """
 
     def __init__(
         self,
         connection: Connection,
-        settings: Settings,
         batch_id: str,
         rows: Rows,
         workers: Workers,
         simulation: Simulation | None,
         interrupts: Interrupts,
+        opened_at: float,
     ) -> None:
         self._connection = connection
         self._rows = rows
         self._workers = workers
         self._simulation = simulation
         self._interrupts = interrupts
-        self._account = identity.account_of(settings)
+        self._account = identity.account_of(connection.settings)
         self._label = identity.label(connection.settings)
         self._rates = Rates()
-        self._drain_s = settings.drain_s
+        self._drain_s = connection.settings.drain_s
+        self._opened_at = opened_at
         self._gate_told = ""
+        self._leave_by = 0.0
+        self.paused = ""
         self.status = self._first = connection.store.status(batch_id)
         self._follower = Follower(connection.store, batch_id, rows.written)
 
     def watch(self, shown: Display) -> bool:
-        """Whether the batch is finished and all its rows are written; False after Ctrl-C.
+        """Whether the batch is finished and all its rows are written; False after Ctrl-C, or when it paused by itself.
 
         Raises `KeyRefused`, or whatever ends a run before its time: a full disk, a store or workers that stay away.
         """
@@ -100,11 +105,13 @@ class Watch:
         with contextlib.closing(shown), Listener(store, batch_id) as listener:
             while True:
                 leaving = bool(interrupts.count) and self._leave()
+                drained = bool(self.paused) and not (self._workers.begun and self._workers.alive)
                 written = more = False
                 try:
                     self.status = self._look()
                     if self.status.state is BatchState.FINISHED:
                         self._workers.stop()  # they end while the last rows are written
+                    self._see_pause()
                     # What had ended by the look above is read below, so a finished batch leaves nothing behind.
                     written = self._write()
                     more = not written
@@ -122,6 +129,8 @@ class Watch:
                 if self.status.state is BatchState.FINISHED and written:
                     shown.show(self._view(time.monotonic()))
                     return True
+                if drained and written and (not self.status.running or time.monotonic() > self._leave_by):
+                    return False
                 if not more:
                     listener.wait(LISTEN_S)
 
@@ -133,6 +142,13 @@ class Watch:
                 "the store has lost the batch: was it emptied, or restarted without its append-only file? "
                 "Run the same command again; what is in the output is not called again"
             ) from None
+
+    def _see_pause(self) -> None:
+        """A batch whose jobs all fail alike has paused: calls in flight end first, whoever's workers make them."""
+        if not self.paused and self.status.state is BatchState.PAUSED and self.status.reason:
+            self.paused = self.status.reason
+            self._leave_by = time.monotonic() + self._drain_s
+            self._workers.stop()
 
     def _write(self) -> bool:
         """Writes rows of jobs that have ended, for a tick at most; whether those were all."""
@@ -168,11 +184,13 @@ class Watch:
         mine = [worker for worker in live_workers(self._connection.client) if worker.label == self._label]
         jobs_per_s, tokens_per_min = self._rates.add(status.ended, status.usage.total_tokens, now)
         left = status.total - status.ended
-        gate = gate_of(self._connection.client, self._account)
         held_back = ", ".join(sorted({bound for worker in mine for bound in worker.bounds}))
-        if gate is not None:
-            held_back = f"gate: {gate.reason}, next probe in {max(0.0, gate.until - time.time()):.0f} s"
-        if not mine and status.state is not BatchState.FINISHED and not self._workers.stopping:
+        if gates := gates_of(self._connection.client, self._account):
+            wait_s = gates[0].wait_s(server_time(self._connection.client))
+            held_back = f"gate: {gates[0].reason}, next call in {wait_s:.0f} s"
+        if self.paused:
+            held_back = self.paused
+        elif not mine and status.state is not BatchState.FINISHED and not self._workers.stopping:
             held_back = "no worker yet"
         return View(
             status,
@@ -187,14 +205,16 @@ class Watch:
         """Ends the run when its first calls are refused for the key; no job has failed for it."""
         if self._simulation is not None or self.status.succeeded > self._first.succeeded:
             return
-        gate = gate_of(self._connection.client, self._account)
-        if gate is not None and gate.reason != self._gate_told and gate.reason not in REFUSALS:
+        gate = account_gate(self._connection.client, self._account)
+        if gate is None or (gate.refused_at or 0.0) <= self._opened_at:
+            return  # open, or what an earlier run met; this one's probe is on its way
+        if gate.reason != self._gate_told and gate.reason not in REFUSALS:
             self._gate_told = gate.reason
             say(
                 f"the upstream has shut the account ({gate.reason}, {gate.status}): "
                 "no job fails for it; one call tries at times"
             )
-        if gate is not None and gate.reason in REFUSALS:
+        if gate.reason in REFUSALS:
             self._workers.end()
             self.status = self._connection.store.status(self.status.batch_id)
             raise KeyRefused(

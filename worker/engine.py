@@ -30,18 +30,18 @@ from worker.estimate import Estimates
 from worker.flusher import Flusher
 from worker.holding import Holding
 from worker.intake import Intake
-from worker.limiter import Limiter
+from worker.limiter import Limiter, Reservation
 from worker.line import Lines
 from worker.outcome import Outcome
 from worker.outside import Outside
-from worker.run import Run
+from worker.run import Run, calls_of
 from worker.upstream import Upstream
-from worker.verdict import Kind, Verdict, backoff, classify
+from worker.verdict import Kind, Policy, Verdict, backoff, classify
 
 #: A wait longer than this leaves the engine: the job is scheduled in the store and its place is free.
 LONG_WAIT_S = 10.0
-#: A reservation that is this late is not used.
-LATE_S = 1.0
+#: A reservation that is this late is not used: limits.lua reckons with as much.
+LATE_S = 0.5
 #: Seconds that the drain waits for calls it has broken off, and for the store to take what is to be written.
 BREAK_OFF_S = 5.0
 WRITE_S = 10.0
@@ -69,16 +69,17 @@ class Engine:
         self.worker_id = worker_id
         self.account = identity.account_of(settings)
         self.limiter = Limiter(client, settings, self.account, worker_id)
-        self.lines = Lines(self.limiter, self.spawn, self._free, self._start, self._model_shut)
+        self.lines = Lines(self.limiter, self)
         self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self._welcome)
-        self.lines.on_started = self.intake.started
         self.outside = Outside(client, results) if results is not None else None
         self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go)
-        self.estimates = Estimates()
+        self.estimates = Estimates(settings.estimate_completion_tokens)
+        self._policy = Policy.of(settings)
         self.stopping = False
         self.renewed_at = time.monotonic()
         self.holding = Holding(self._write_back)
         self.flying: dict[str, tuple[Run, asyncio.Task[None]]] = {}  # by reservation
+        self._serves_interactive = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_death = on_death
         self._compress = settings.result_compression == "gzip"
@@ -101,7 +102,16 @@ class Engine:
 
     async def ring(self, lane: str) -> int:
         """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted."""
+        self._serves_interactive |= lane == "interactive"
         return await self.intake.ring(lane)
+
+    def look(self, lane: str) -> None:
+        """Claims as one ring would have it, without waiting for it."""
+
+        async def ring() -> None:
+            await self.ring(lane)
+
+        self.spawn(ring())
 
     @property
     def bounds(self) -> list[str]:
@@ -113,11 +123,27 @@ class Engine:
         fresh = time.monotonic() - self.renewed_at < LEASE_S * 2 / 3
         return fresh and not self.stopping and not self.flusher.failing
 
-    def _free(self) -> int:
-        """How many more calls may start now."""
+    def free(self, lane: str) -> int:
+        """How many more calls of the lane may start now; where both lanes are served some are kept from bulk."""
         if not self._may_start():
             return 0
-        return self.settings.worker_max_in_flight - len(self.flying) - self.lines.asking
+        most = self.settings.worker_max_in_flight
+        if lane == "bulk" and self._serves_interactive:
+            most = max(1, most - max(1, most // 20))
+        return most - len(self.flying) - self.lines.asking
+
+    def estimate(self, run: Run) -> int:
+        """Tokens to reserve for a call of the job."""
+        return self.estimates.of(run)
+
+    def started(self, count: int) -> None:
+        """Calls were started, so there is room for others."""
+        self.intake.started(count)
+
+    def unused(self, model: str, reservations: list[tuple[Reservation, int]]) -> None:
+        """Settles reservations, each with its tokens, that nobody will use."""
+        for reservation, tokens in reservations:
+            self.flusher.settle(model, settlements.unused(reservation, tokens))
 
     def _waiting(self) -> int:
         """Jobs held that are not in flight; those that rest after a failure leave room for others, within reason."""
@@ -148,12 +174,11 @@ class Engine:
             return False
         run = Run(job, "", None, over=True)
         self.holding.add(run)
-        self.flusher.end(End(job, "s", payload, len(stored.mimoq.attempts), stored.mimoq.usage))
+        self.flusher.end(End(job, "s", payload, calls_of(stored.mimoq.attempts), stored.mimoq.usage))
         return True
 
     def _accept(self, job: Job) -> None:
         run = Run.of(job, self.settings.endpoint_path or self.settings.model)
-        run.estimate = self.estimates.of(run)
         self.holding.add(run)
         self._queue(run)
 
@@ -171,40 +196,40 @@ class Engine:
 
     # -- one call
 
-    def _start(self, run: Run, reservation: str, due: float) -> None:
+    def start(self, run: Run, reservation: Reservation, due: float) -> None:
+        """Makes a call, due at this monotonic time."""
         if run.over:  # given back while the limiter was asked
             self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
             return
         run.flying = True
         task = asyncio.get_running_loop().create_task(self._call(run, reservation, due))
-        self.flying[reservation] = (run, task)
+        self.flying[reservation.id] = (run, task)
         task.add_done_callback(partial(self._landed, run, reservation))
 
-    def _landed(self, run: Run, reservation: str, _: asyncio.Task[None]) -> None:
-        if reservation in self.flying:  # cancelled before its first step
-            del self.flying[reservation]
+    def _landed(self, run: Run, reservation: Reservation, _: asyncio.Task[None]) -> None:
+        if reservation.id in self.flying:  # cancelled before its first step
+            del self.flying[reservation.id]
             run.flying = False
             self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
             self.holding.hand_back(run)
 
-    async def _call(self, run: Run, reservation: str, due: float) -> None:
+    async def _call(self, run: Run, reservation: Reservation, due: float) -> None:
         called = 0.0  # unix time
         try:
             delay_s = due - time.monotonic()
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
-            if run.over or run.lost or time.monotonic() - due > LATE_S or not self._may_start():
+            late = time.monotonic() - due > LATE_S
+            if run.over or run.lost or late or self.lines.held(run.model) or not self._may_start():
                 self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
                 self._queue(run, first=True)
                 return
             called = time.time()
             request = run.job.request
             outcome = await self.upstream.call(request.endpoint, request.body)
-            verdict = classify(outcome, request.endpoint)
-            self.flusher.settle(run.model, settlements.of_call(reservation, run.estimate, outcome, verdict))
-            if outcome.usage is not None:
-                self.estimates.learn(run, outcome.usage)
-            self._judge(run, outcome, verdict)
+            verdict = classify(outcome, request.endpoint, self._policy)
+            self._settle(run, reservation, outcome, verdict)
+            self._judge(run, outcome, verdict, reservation.probe)
         except asyncio.CancelledError:
             # Its batch was cancelled, or the drain's time is over.
             end = settlements.broken_off(reservation) if called else settlements.unused(reservation, run.estimate)
@@ -220,12 +245,25 @@ class Engine:
             outcome = Outcome(started_at=time.time(), error="internal_error", sent=bool(called))
             self._finish(run, outcome, Verdict(Kind.FAILED, "internal_error", maybe_billed=bool(called)))
         finally:
-            del self.flying[reservation]
+            del self.flying[reservation.id]
             run.flying = False
+
+    def _settle(self, run: Run, reservation: Reservation, outcome: Outcome, verdict: Verdict) -> None:
+        """Lets limiter and estimates learn from a call."""
+        settlement = settlements.of_call(reservation, run.estimate, outcome, verdict, first=run.counted == 0)
+        if outcome.retry_after_asked_s is not None:
+            log.warning("retry_after_capped", asked_s=outcome.retry_after_asked_s, used_s=outcome.retry_after_s)
+        if outcome.retry_after_s and settlement.what != "clean":
+            self.lines.hold(run.model, outcome.retry_after_s)
+        if outcome.rate_limits:
+            self.flusher.tell(run.model, settlements.told(reservation.at_ms, outcome.rate_limits))
+        self.flusher.settle(run.model, settlement)
+        if outcome.usage is not None and outcome.error is None:
+            self.estimates.learn(run, outcome.usage)
 
     # -- after the call
 
-    def _judge(self, run: Run, outcome: Outcome, verdict: Verdict) -> None:
+    def _judge(self, run: Run, outcome: Outcome, verdict: Verdict, probe: bool = False) -> None:
         kind = verdict.kind
         if kind in (Kind.SUCCEEDED, Kind.FAILED):
             self._finish(run, outcome, verdict)
@@ -234,16 +272,14 @@ class Engine:
             run.add(outcome, verdict, self.account, 0.0)
             self._queue(run, first=True)
             return
-        if kind is Kind.REFUSED:
-            run.refusals += 1
-            wait_s = backoff(run.refusals, random.random, outcome.retry_after_s)
-        else:
-            most = run.job.max_attempts or self.settings.max_attempts
-            if run.counted + 1 >= most:
-                self._finish(run, outcome, verdict)
-                return
-            wait_s = backoff(run.counted + 1, random.random, outcome.retry_after_s)
-        run.add(outcome, verdict, self.account, wait_s)
+        # What a shut gate's probe meets is the gate's business.
+        counted = kind is Kind.RETRY and not (probe and settlements.failed(outcome, verdict))
+        if counted and run.counted + 1 >= (run.job.max_attempts or self.settings.max_attempts):
+            self._finish(run, outcome, verdict)
+            return
+        attempt = run.counted + 1 if kind is Kind.RETRY else run.refusals + 1
+        wait_s = backoff(attempt, random.random, outcome.retry_after_s)
+        run.add(outcome, verdict, self.account, wait_s, counted=counted)
         if self.stopping or run.lost or wait_s > LONG_WAIT_S:
             self.holding.hand_back(run, wait_s)
         else:
@@ -277,13 +313,17 @@ class Engine:
         for run, task in list(self.flying.values()):
             if run.job.token in tokens:
                 task.cancel()
+        self.give_back_of(tokens)
+
+    def give_back_of(self, tokens: set[str]) -> None:
+        """Gives back the jobs of these slices that are not in flight, as when their batch is paused."""
         self._give_back(lambda run: run.job.token in tokens)
 
     def give_back_waiting(self) -> None:
         """Gives back every job that is not in flight."""
         self._give_back(lambda run: True)
 
-    def _model_shut(self, model: str, seconds: float) -> None:
+    def model_shut(self, model: str, seconds: float) -> None:
         """Nobody may call this model for a while: others may have its jobs, after `seconds`."""
         self._give_back(lambda run: run.model == model, seconds)
 

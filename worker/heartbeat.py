@@ -50,11 +50,13 @@ class Heartbeat:
         engine = self._engine
         tokens = list(engine.holding.tokens)
         if tokens:
-            lost, closing = await leases.renew(self._client, tokens)
-            if lost:
-                engine.lease_lost(lost)
-            if closing:
-                engine.abort(closing)
+            found = await leases.renew(self._client, tokens)
+            if found.lost:
+                engine.lease_lost(found.lost)
+            if found.closing:
+                engine.abort(found.closing)
+            if found.paused:
+                engine.give_back_of(found.paused)
         seconds, microseconds = await self._client.time()
         pipe = self._client.pipeline(transaction=False)
         by_model: dict[str, list[str]] = {}

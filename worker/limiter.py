@@ -11,37 +11,46 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import keys
+from jobs.keys import LANES
 from jobs.scripts import Script
 from jobs.settings import Settings
 
-#: Calls in flight that a new (account, model) is given; clean answers double it each round.
-FIRST_WINDOW = 16
 #: Seconds a reservation lives unless renewed.
 RESERVATION_S = 15.0
 
-_reserve = Script("reserve", "worker")
+RESERVE = Script("reserve", "worker")
 SETTLE = Script("settle", "worker")
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """What one `reserve` gave: a delay in seconds for each granted candidate, in order.
+class Reservation:
+    """One call let through, at `at_ms` by the server's clock, after `delay_s`; `probe`: it tries a gate that is shut."""
 
-    `ask_again_s` and `bound` (requests, tokens, concurrency, window, gate, retry_after) speak of those not granted;
-    `detail` is the reason of an account's gate.
+    id: str
+    delay_s: float
+    at_ms: int
+    probe: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one `reserve` gave, candidate by candidate in their order.
+
+    `ask_again_s` and `bound` (requests, tokens, concurrency, window, interactive, share, or the reason of a gate) speak of
+    those not granted; `shut` says whose gate it is (account, model), '' for none.
     """
 
-    reservations: list[tuple[str, float]]
+    reservations: list[Reservation]
     ask_again_s: float
     bound: str
-    detail: str
+    shut: str
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """What came of one reservation: `what` is a word of settle.lua, `tokens` go back to the bucket."""
 
-    reservation: str
+    reservation: Reservation
     what: str
     tokens: int
     retry_after_s: float | None = None
@@ -53,38 +62,56 @@ class Limiter:
 
     def __init__(self, client: Any, settings: Settings, account: str, worker_id: str) -> None:
         self._client = client
-        self._limits = [_given(settings.rpm), _given(settings.tpm), _given(settings.max_in_flight)]
+        limits = (settings.rpm, settings.tpm, settings.max_in_flight)
+        self._args = [*("" if limit is None else limit for limit in limits), settings.interactive_share, RESERVATION_S]
+        self._rated = int(settings.rpm is not None)
         self.account = account
         self._worker_id = worker_id
         self._calls = 0
 
     def keys(self, model: str) -> list[str]:
         """The keys both scripts take."""
-        return [keys.limit(self.account, model), keys.flight(self.account, model), keys.gate(self.account)]
+        return [
+            keys.limit(self.account, model),
+            keys.flight("bulk", self.account, model),
+            keys.flight("interactive", self.account, model),
+            keys.minute(self.account, model),
+            keys.gate(self.account),
+        ]
 
-    async def reserve(self, model: str, estimates: Sequence[int]) -> Grant:
-        """Asks for one call per token estimate, all at once."""
+    def ids(self, lane: str) -> str:
+        """The prefix of the next reservations' ids; the first letter tells the lane."""
         self._calls += 1
-        prefix = f"{self._worker_id}.{self._calls}"
-        delays, ask_ms, bound, detail = await _reserve(
-            self._client, self.keys(model), [*self._limits, FIRST_WINDOW, RESERVATION_S, prefix, *estimates]
-        )
-        return Grant(
-            [(f"{prefix}.{i}", delay / 1000) for i, delay in enumerate(delays, 1)],
-            ask_ms / 1000,
-            bound.decode(),
-            detail.decode() if detail else "",
-        )
+        return f"{lane[0]}.{self._worker_id}.{self._calls}"
+
+    async def reserve(self, model: str, lane: str, prefix: str, estimates: Sequence[int]) -> Grant:
+        """Asks for one call per token estimate, all at once, with a new `prefix` of `ids`."""
+        return self.granted(prefix, await RESERVE(self._client, *self.reserve_call(model, lane, prefix, estimates)))
+
+    def reserve_call(self, model: str, lane: str, prefix: str, estimates: Sequence[int]) -> tuple[list[str], list[Any]]:
+        """Keys and arguments of `RESERVE`."""
+        who = f"{self._worker_id}:{lane}"
+        return [*self.keys(model), keys.LIMITS], [*self._args, prefix, who, f"{self.account}:{model}", *estimates]
 
     @staticmethod
-    def settle_args(settlements: Iterable[Settlement]) -> list[Any]:
-        """The arguments of `SETTLE` for these settlements."""
-        args: list[Any] = [FIRST_WINDOW]
+    def granted(prefix: str, reply: list[Any]) -> Grant:
+        """What the script's reply says."""
+        delays, ask_ms, bound, shut, probe, now_ms = reply
+        now = int(now_ms)
+        reservations = [
+            Reservation(f"{prefix}.{i}", delay / 1000, now + delay, bool(probe)) for i, delay in enumerate(delays, 1)
+        ]
+        return Grant(reservations, ask_ms / 1000, bound.decode(), shut.decode())
+
+    def settle_args(self, settlements: Iterable[Settlement], told: str = "") -> list[Any]:
+        """The arguments of `SETTLE` for these settlements; `told` are the newest x-ratelimit-* headers, as it wants them."""
+        args: list[Any] = [self._rated, RESERVATION_S, told]
         for item in settlements:
             args += (
-                item.reservation,
+                item.reservation.id,
                 item.what,
                 item.tokens,
+                item.reservation.at_ms,
                 "" if item.retry_after_s is None else item.retry_after_s,
                 "" if item.status is None else item.status,
             )
@@ -92,10 +119,9 @@ class Limiter:
 
     def renew(self, pipe: Any, model: str, reservations: Iterable[str], now: float) -> None:
         """Queues the renewal of reservations in flight on a pipeline; `now` is the Redis server's clock."""
-        flight = dict.fromkeys(reservations, now + RESERVATION_S)
-        if flight:
-            pipe.zadd(keys.flight(self.account, model), flight, xx=True)
-
-
-def _given(value: int | None) -> int | str:
-    return "" if value is None else value
+        by_lane: dict[str, dict[str, float]] = {}
+        for id in reservations:
+            by_lane.setdefault(id[0], {})[id] = now + RESERVATION_S
+        for lane in LANES:
+            if flight := by_lane.get(lane[0]):
+                pipe.zadd(keys.flight(lane, self.account, model), flight, xx=True)

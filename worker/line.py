@@ -1,7 +1,7 @@
-"""The lines: claimed jobs that wait for their call, one line a model, and who asks the limiter for them.
+"""The lines: claimed jobs that wait for their call, one line a model and lane, and who asks the limiter for them.
 
-What goes wrong: Redis away, a line asks again later. While nobody may call, its jobs are given back, so that nothing
-waits in a worker for a gate to open.
+What goes wrong: Redis away, a line asks again later. While nobody may call for long, its jobs are given back, so that
+nothing waits in a worker for a gate to open; the line looks for one when it is time.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol
 
 import structlog
 from redis.exceptions import RedisError
 
-from worker.limiter import Grant, Limiter
+from worker.limiter import Grant, Limiter, Reservation
 from worker.run import Run
 
 #: Reservations asked for in one call.
 RESERVE_BLOCK = 100
 #: Seconds between looks at the limiter when something other than a rate bounds it.
 ASK_AGAIN_S = 0.1
-#: Jobs are given back when nobody may call for longer than this.
-SHUT_S = 2.0
+#: Seconds between looks at a gate that an answer may open at any time, and at anything else.
+GATE_LOOK_S = 0.25
+LOOK_S = 1.0
+#: Jobs are given back when their account is shut, or their model, for longer than this.
+ACCOUNT_SHUT_S = 0.5
+MODEL_SHUT_S = 10.0
 #: Seconds that nothing is claimed after a probe has gone out.
 PROBE_S = 0.5
 #: Seconds after which a line without jobs ends.
@@ -34,36 +38,51 @@ AWAY = "store_away"
 log = structlog.get_logger("worker.line")
 
 
+class Caller(Protocol):
+    """Who makes the calls: the engine, as the lines see it."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> object:
+        """Runs `work` as long as the engine."""
+
+    def free(self, lane: str) -> int:
+        """How many more calls of the lane may start now."""
+
+    def estimate(self, run: Run) -> int:
+        """Tokens to reserve for a call of the job."""
+
+    def start(self, run: Run, reservation: Reservation, due: float) -> None:
+        """Makes a call, due at this monotonic time."""
+
+    def started(self, count: int) -> None:
+        """So many calls have been started."""
+
+    def unused(self, model: str, reservations: list[tuple[Reservation, int]]) -> None:
+        """Settles reservations, each with its tokens, that nobody will use."""
+
+    def model_shut(self, model: str, seconds: float) -> None:
+        """Nobody may call this model for so long: gives its jobs back, to be called after `seconds`."""
+
+    def look(self, lane: str) -> None:
+        """Claims for a lane without waiting for a ring."""
+
+
 class Lines:
-    """The lines of one account.
+    """The lines of one account."""
 
-    `free` says how many calls may start now, `start` starts one by its reservation and the monotonic time it is due,
-    `give_back` takes the jobs of a line that nobody may call for some seconds.
-    """
-
-    def __init__(
-        self,
-        limiter: Limiter,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
-        free: Callable[[], int],
-        start: Callable[[Run, str, float], None],
-        give_back: Callable[[str, float], None],
-    ) -> None:
+    def __init__(self, limiter: Limiter, caller: Caller) -> None:
         self.limiter = limiter
-        self.free = free
-        self.start = start
-        self.give_back = give_back
-        self.on_started: Callable[[int], None] = lambda count: None
+        self.caller = caller
         self.gate_until = 0.0  # of the account, as whichever line looked last has seen it
-        self._spawn = spawn
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[tuple[str, str], Line] = {}
+        self._not_before: dict[str, float] = {}  # by model: what an upstream has just asked for here
 
     def add(self, run: Run, first: bool = False) -> None:
-        """Puts a job into its model's line."""
-        line = self._lines.get(run.model)
+        """Puts a job into the line of its model and lane."""
+        name = run.model, run.job.lane
+        line = self._lines.get(name)
         if line is None:
-            line = self._lines[run.model] = Line(run.model, self)
-            self._spawn(line.live())
+            line = self._lines[name] = Line(*name, self)
+            self.caller.spawn(line.live())
         if first:
             line.waiting.appendleft(run)
         else:
@@ -80,9 +99,21 @@ class Lines:
         for line in self._lines.values():
             line.wake.set()
 
-    def drop(self, model: str) -> None:
+    def drop(self, model: str, lane: str) -> None:
         """A line has ended."""
-        del self._lines[model]
+        del self._lines[model, lane]
+
+    def hold(self, model: str, seconds: float) -> None:
+        """The upstream asked for a pause: calls that have their reservation and have not gone yet do not go."""
+        self._not_before[model] = max(self._not_before.get(model, 0.0), time.monotonic() + seconds)
+
+    def held(self, model: str) -> bool:
+        """Whether the upstream asked for a pause that is not over."""
+        until = self._not_before.get(model)
+        if until is not None and time.monotonic() >= until:
+            del self._not_before[model]
+            return False
+        return until is not None
 
     @property
     def asking(self) -> int:
@@ -102,27 +133,36 @@ class Lines:
 
 
 class Line:
-    """The jobs of one model that wait for their call."""
+    """The jobs of one model and lane that wait for their call."""
 
-    def __init__(self, model: str, lines: Lines) -> None:
+    def __init__(self, model: str, lane: str, lines: Lines) -> None:
         self.model = model
+        self.lane = lane
         self.waiting: deque[Run] = deque()
         self.wake = asyncio.Event()
         self.asking = 0
         self.shut_until = 0.0
-        self.bound = ""  # what holds it back, for people: a limit, a gate and its reason, or nothing
+        self.bound = ""  # what holds it back, for people: a limit, the reason of a gate, or nothing
         self._lines = lines
+        self._caller = lines.caller
 
     async def live(self) -> None:
         """Starts calls as the limiter lets them through, until there have been no jobs for a while."""
         while True:
+            if not self.waiting and self.shut_until:
+                await self._pause(max(self.shut_until - time.monotonic(), LOOK_S))
+                if not self.waiting:
+                    # The gate may be open, or want a probe. Should nothing be left to claim, the line ends as any other.
+                    self.shut_until = self._lines.gate_until = 0.0
+                    self._caller.look(self.lane)
+                continue
             if not self.waiting:
                 await self._pause(IDLE_S)
-                if not self.waiting and not self.wake.is_set() and not self.shut_until:
-                    self._lines.drop(self.model)
+                if not self.waiting and not self.wake.is_set():
+                    self._lines.drop(self.model, self.lane)
                     return
                 continue
-            wanted = min(self._lines.free(), len(self.waiting), RESERVE_BLOCK)
+            wanted = min(self._caller.free(self.lane), len(self.waiting), RESERVE_BLOCK)
             if wanted > 0:
                 await self._ask(wanted)
             else:
@@ -130,11 +170,18 @@ class Line:
 
     async def _ask(self, wanted: int) -> None:
         candidates = [self.waiting.popleft() for _ in range(wanted)]
+        for run in candidates:
+            run.estimate = self._caller.estimate(run)
         asked_at = time.monotonic()
         self.asking = wanted
+        limiter = self._lines.limiter
+        prefix = limiter.ids(self.lane)
         try:
-            grant = await self._lines.limiter.reserve(self.model, [run.estimate for run in candidates])
+            grant = await limiter.reserve(self.model, self.lane, prefix, [run.estimate for run in candidates])
         except (RedisError, OSError) as error:
+            # It may have arrived, and what it granted would stand there as in flight.
+            lost = [Reservation(f"{prefix}.{i}", 0.0, 0, False) for i in range(1, wanted + 1)]
+            self._caller.unused(self.model, [(item, run.estimate) for item, run in zip(lost, candidates, strict=True)])
             self._put_back(candidates)
             if self.bound != AWAY:
                 log.warning("reserve_failed", error=type(error).__name__)
@@ -145,16 +192,18 @@ class Line:
             self.asking = 0
         granted = len(grant.reservations)
         self._put_back(candidates[granted:])
-        for run, (reservation, delay_s) in zip(candidates, grant.reservations, strict=False):
+        for run, reservation in zip(candidates, grant.reservations, strict=False):
             # The delay counts from when it was asked for: how long the answer was on its way nobody knows.
-            self._lines.start(run, reservation, asked_at + delay_s)
+            self._caller.start(run, reservation, asked_at + reservation.delay_s)
         self._see(grant)
         if granted:
-            self._lines.on_started(granted)
-        if grant.bound in ("window", "concurrency"):
+            self._caller.started(granted)
+        if grant.shut:
+            await asyncio.sleep(min(grant.ask_again_s, GATE_LOOK_S if grant.bound != "retry_after" else LOOK_S))
+        elif grant.bound in ("window", "concurrency"):
             await self._pause(grant.ask_again_s)
         elif grant.ask_again_s > 0:
-            await asyncio.sleep(min(grant.ask_again_s, 1.0))
+            await asyncio.sleep(min(grant.ask_again_s, LOOK_S))
 
     def _put_back(self, runs: Iterable[Run]) -> None:
         """Jobs that got no reservation, but for those that were given back while the limiter was asked."""
@@ -162,21 +211,23 @@ class Line:
 
     def _see(self, grant: Grant) -> None:
         """Shuts the line while nobody may call: nothing is claimed for it, and what it holds others may have."""
-        self.bound = grant.bound + (f" ({grant.detail})" if grant.detail else "")
-        now = time.monotonic()
-        if grant.bound == "gate":
-            self.shut_until = self._lines.gate_until = now + grant.ask_again_s
-            if grant.ask_again_s > SHUT_S:
-                # At once: nobody claims on this account, and who opens the gate by hand need not wait.
-                self._lines.give_back(self.model, 0.0)
-        elif grant.bound == "retry_after":
-            self.shut_until, self._lines.gate_until = now + grant.ask_again_s, 0.0
-            if grant.ask_again_s > SHUT_S:
-                self._lines.give_back(self.model, grant.ask_again_s)
-        elif grant.detail:
-            self.shut_until = self._lines.gate_until = now + PROBE_S  # until the probe's answer is settled
-        else:
+        self.bound = grant.bound
+        if not grant.shut:
+            if self.shut_until:
+                self._caller.look(self.lane)
             self.shut_until = self._lines.gate_until = 0.0
+            return
+        # With a probe out, until its answer is settled.
+        self.shut_until = time.monotonic() + (PROBE_S if grant.reservations else grant.ask_again_s)
+        if grant.shut == "account":
+            self._lines.gate_until = self.shut_until
+            if grant.ask_again_s > ACCOUNT_SHUT_S:
+                # At once: nobody claims on this account, and who opens the gate by hand need not wait.
+                self._caller.model_shut(self.model, 0.0)
+        else:
+            self._lines.gate_until = 0.0
+            if grant.ask_again_s > MODEL_SHUT_S:
+                self._caller.model_shut(self.model, grant.ask_again_s)
 
     async def _pause(self, seconds: float) -> None:
         """Waits for a freed reservation or a new job, at most `seconds`."""

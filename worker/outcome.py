@@ -22,7 +22,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     """What one call came to. Either a whole response (`error` is None) or what kept it from coming.
 
     `error` is one of `connect_error`, `connect_timeout`, `timeout` (the whole call took too long), `idle_timeout`,
-    `connection_lost`, `stream_cut`, `invalid_stream`, `too_large`, `aborted`.
+    `connection_lost`, `stream_cut`, `invalid_response`, `too_large`, `aborted`, `internal_error`.
     """
 
     started_at: float
@@ -38,6 +38,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     request_id: str | None = None
     retry_after_s: float | None = None
     """What the upstream asked for, at least 0 and at most 600."""
+    retry_after_asked_s: float | None = None
+    """The same as it was asked for, where that was more than 600."""
     usage: Usage | None = None
     sent: bool = False
     """Whether any byte of the request may have reached the upstream."""
@@ -57,6 +59,7 @@ class ResponseHead(msgspec.Struct):
     encoded: bool = False
     request_id: str | None = None
     retry_after_s: float | None = None
+    retry_after_asked_s: float | None = None
     rate_limits: dict[str, float] | None = None
 
     @classmethod
@@ -85,7 +88,9 @@ class ResponseHead(msgspec.Struct):
                 head.rate_limits = head.rate_limits or {}
                 head.rate_limits[_HEADERS[name]] = number
         asked = after if after_ms is None else after_ms / 1000
-        head.retry_after_s = None if asked is None else min(max(asked, 0.0), MAX_RETRY_AFTER_S)
+        if asked is not None:
+            head.retry_after_s = min(max(asked, 0.0), MAX_RETRY_AFTER_S)
+            head.retry_after_asked_s = asked if asked > MAX_RETRY_AFTER_S else None
         return head
 
 

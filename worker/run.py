@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import msgspec
 
 from jobs.leases import End, Job
 from jobs.results import NO_BODY, About, Attempt, Failure, Usage, failure_payload, success_payload
 from worker.answers import NOT_JSON
+from worker.estimate import NO_TEXT, Text, measure
 from worker.outcome import Outcome
-from worker.verdict import Kind, Verdict
+from worker.verdict import RATE_LIMITED, Kind, Verdict
 
 #: Characters of an upstream's message that are kept as the failure's message; its whole body is kept beside.
 MESSAGE_CHARS = 500
+#: Records of attempts a job keeps one by one; of more, those that are alike and do not count are folded.
+MOST_RECORDS = 100
 
 _encode_attempts = msgspec.json.Encoder().encode
 _decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
@@ -34,15 +39,15 @@ _decode_fields = msgspec.json.Decoder(Fields).decode
 class Run:
     """A job held by this worker.
 
-    `ready_at` is the monotonic time before which it is not called; `flying` says that a reservation for it is held,
-    `lost` that its lease is another's, `over` that its end or its way back is decided.
+    `text` is how much its body holds, `ready_at` the monotonic time before which it is not called; `flying` says that a
+    reservation for it is held, `lost` that its lease is another's, `over` that its end or its way back is decided.
     """
 
     job: Job
     model: str
     most_tokens: int | None
+    text: Text = NO_TEXT
     attempts: list[Attempt] = field(default_factory=list)
-    refusals: int = 0
     ready_at: float = 0.0
     estimate: int = 0
     flying: bool = False
@@ -56,7 +61,8 @@ class Run:
             fields = _decode_fields(job.request.body)
         except NOT_JSON:
             fields = Fields()  # the upstream will say what is wrong with it
-        run = cls(job, fields.model or default_model, fields.max_completion_tokens or fields.max_tokens)
+        most_tokens = fields.max_completion_tokens or fields.max_tokens
+        run = cls(job, fields.model or default_model, most_tokens, measure(job.request.body))
         if job.attempts:
             run.attempts = _decode_attempts(job.attempts)
         return run
@@ -64,7 +70,12 @@ class Run:
     @property
     def counted(self) -> int:
         """Attempts that count against the job's limit."""
-        return sum(attempt.counted for attempt in self.attempts)
+        return calls_of(attempt for attempt in self.attempts if attempt.counted)
+
+    @property
+    def refusals(self) -> int:
+        """Refusals in a row up to now, also those that an earlier holder met."""
+        return calls_of(takewhile(lambda attempt: attempt.verdict == RATE_LIMITED, reversed(self.attempts)))
 
     def add(self, outcome: Outcome, verdict: Verdict, account: str, wait_s: float, counted: bool = True) -> None:
         """Records one attempt; `counted` says whether it counts, if its verdict does."""
@@ -82,6 +93,8 @@ class Run:
                 counted=counted and verdict.kind not in (Kind.REFUSED, Kind.GATE),
             )
         )
+        if len(self.attempts) > MOST_RECORDS:
+            _fold(self.attempts)
 
     def attempts_json(self) -> bytes:
         """The attempts as they are stored with a job that is given back."""
@@ -109,7 +122,40 @@ class Run:
         else:
             payload = failure_payload(job.job_id, about, compress)
         code = "" if succeeded else verdict.code
-        return End(job, "s" if succeeded else "f", payload, len(self.attempts), usage, code)
+        return End(job, "s" if succeeded else "f", payload, calls_of(self.attempts), usage, code)
+
+
+def calls_of(attempts: Iterable[Attempt]) -> int:
+    """How many calls these records stand for."""
+    return sum(attempt.times for attempt in attempts)
+
+
+def _fold(attempts: list[Attempt]) -> None:
+    """Makes one record of two uncounted ones that are alike: of neighbours where there are any, the oldest first."""
+    last: dict[tuple[str, int | None], int] = {}
+    pairs: list[tuple[int, int, int]] = []
+    for at, attempt in enumerate(attempts):
+        if not attempt.counted:
+            like = (attempt.verdict, attempt.status)
+            # The last one joins none but its neighbour: how many came in a row at last is not to be lost.
+            if like in last and (last[like] == at - 1 or at < len(attempts) - 1):
+                pairs.append((at - last[like], last[like], at))
+            last[like] = at
+    if pairs:
+        _, first, second = min(pairs)
+        attempts[first] = _both(attempts[first], attempts.pop(second))
+
+
+def _both(first: Attempt, second: Attempt) -> Attempt:
+    usage = first.usage
+    if second.usage is not None:
+        usage = second.usage + (usage or Usage())
+    return msgspec.structs.replace(
+        first,
+        usage=usage,
+        maybe_billed=first.maybe_billed or second.maybe_billed,
+        times=first.times + second.times,
+    )
 
 
 _MESSAGES = {
@@ -117,7 +163,6 @@ _MESSAGES = {
     "empty_answer": "the answer held no content and no tool call",
     "degenerate_answer": "the answer was cut off because it repeated itself",
     "stream_cut": "the upstream's stream ended before the answer was whole",
-    "invalid_stream": "the upstream's stream was not one that can be read",
     "invalid_response": "the upstream's answer was not a whole, valid response",
     "internal_error": "mimoq could not handle this call or its answer; the worker's log says more",
 }
@@ -126,8 +171,10 @@ _MESSAGES = {
 def _failure(outcome: Outcome, verdict: Verdict) -> Failure:
     body = _as_json(outcome.body)
     message = _MESSAGES.get(verdict.code) or _upstream_message(outcome.body)
-    if not message:
-        message = f"the upstream answered {outcome.status}" if outcome.status else f"no answer: {outcome.error}"
+    if not message and outcome.error:
+        message = f"no whole answer: {outcome.error}" if outcome.status else f"no answer: {outcome.error}"
+    elif not message:
+        message = f"the upstream answered {outcome.status}"
     return Failure(code=verdict.code, message=message, status=outcome.status, body=body)
 
 

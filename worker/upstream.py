@@ -19,7 +19,7 @@ import httpx
 
 from jobs.settings import Settings
 from worker.answers import MESSAGES, read_answer
-from worker.outcome import Outcome, ResponseHead
+from worker.outcome import Outcome, ResponseHead, Usage
 from worker.request import CHAT, Call, address, headers, prepare
 from worker.sse import MAX_ANSWER_BYTES, ChatJoiner, Joiner, MessagesJoiner
 from worker.transport import connected, open_transport
@@ -111,7 +111,7 @@ class Upstream:
         head = ResponseHead.read(response.headers.raw, self._clock())
         outcome.status = response.status_code
         outcome.request_id = head.request_id
-        outcome.retry_after_s = head.retry_after_s
+        outcome.retry_after_s, outcome.retry_after_asked_s = head.retry_after_s, head.retry_after_asked_s
         outcome.rate_limits = head.rate_limits
         return head
 
@@ -188,7 +188,9 @@ def _conclude(outcome: Outcome, call: Call, sink: _Sink | None, failure: str | N
     if not 200 <= outcome.status < 300:
         outcome.detail = None  # the status says it all, even where its body was cut
         return
+    told: Usage | None = None
     if sink.error is not None:
+        told = read_answer(call.endpoint, outcome.body).usage  # what the stream said before its error is on the bill
         outcome.body = sink.error
     elif sink.too_large:
         outcome.error, outcome.body = "too_large", None
@@ -202,7 +204,7 @@ def _conclude(outcome: Outcome, call: Call, sink: _Sink | None, failure: str | N
     if outcome.error is None:
         outcome.detail = None
     outcome.answer = answer = read_answer(call.endpoint, outcome.body)
-    outcome.usage = answer.usage
+    outcome.usage = answer.usage or told
     outcome.request_id = outcome.request_id or answer.id
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from jobs.settings import Settings
 from worker.answers import Answer, read_answer
 from worker.outcome import Outcome
 
@@ -28,6 +29,10 @@ class Kind(StrEnum):
     FAILED = "failed"
 
 
+#: The code of a refusal.
+RATE_LIMITED = "rate_limited"
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """The judgement on one attempt; `maybe_billed`: the upstream may have charged though no answer is kept."""
 
@@ -40,11 +45,21 @@ class Policy(msgspec.Struct, frozen=True):
     """What may be chosen about verdicts."""
 
     extra_retryable: frozenset[int] = frozenset()
-    """Statuses that are retried though the table would not."""
+    """Statuses that are retried though the table would not; a 402 may be a throttle. A 429 stays what it is."""
     bad_answers: frozenset[str] = frozenset({"empty_answer", "degenerate_answer"})
     """Which faults of a well-formed answer are retried; without them the answer is taken as it is."""
     degenerate_finish: frozenset[str] = frozenset({"repetition_truncation"})
+    """Reasons to finish (`finish_reason`, `stop_reason`) that make an answer degenerate."""
     filtered_finish: frozenset[str] = frozenset({"content_filter", "refusal"})
+
+    @classmethod
+    def of(cls, settings: Settings) -> Policy:
+        """The policy that the settings choose."""
+        return cls(
+            extra_retryable=settings.retry_statuses,
+            bad_answers=frozenset(settings.bad_answers),
+            degenerate_finish=settings.degenerate_finish_reasons,
+        )
 
 
 DEFAULT = Policy()
@@ -144,14 +159,14 @@ TABLE = (
     Row("connect errors, timeouts, a cut; a stream of nonsense", _broken, Kind.RETRY, "{error}", _if_sent),
     # A whole one, 2xx.
     Row("nothing but a refusal to answer", _filtered, Kind.FAILED, "content_filter", _always),
-    Row("finish_reason: repetition_truncation", _degenerate, Kind.RETRY, "degenerate_answer", _always),
+    Row("an answer that ended by repetition_truncation", _degenerate, Kind.RETRY, "degenerate_answer", _always),
     Row("only thinking, or nothing at all", _empty, Kind.RETRY, "empty_answer", _always),
     Row("200, well-formed", _answered, Kind.SUCCEEDED, "succeeded", _never),
     Row("2xx, but truncated, not JSON or no answer", _status(200, 299), Kind.RETRY, "invalid_response", _always),
     Row("2xx with an error object that names no status", _status(0), Kind.RETRY, "upstream_error", _always),
     # An error: the status of the response, or of the error object inside a 2xx one.
-    Row("429", _status(429), Kind.REFUSED, "rate_limited", _if_inside),
-    Row("what the policy adds", _added, Kind.RETRY, "http_{status}", _if_late),
+    Row("429", _status(429), Kind.REFUSED, RATE_LIMITED, _if_inside),
+    Row("a status of MIMOQ_RETRY_STATUSES", _added, Kind.RETRY, "http_{status}", _if_late),
     Row("401", _status(401), Kind.GATE, "key_refused", _if_inside),
     Row("402", _status(402), Kind.GATE, "payment_required", _if_inside),
     Row("403", _status(403), Kind.GATE, "forbidden", _if_inside),

@@ -4,29 +4,51 @@
 --
 -- KEYS[1] prefix
 -- ARGV[1] batch id
--- ARGV[2..] eleven values a job: index, fencing token, state letter ('s' succeeded, 'f' failed), result payload ('' where
+-- ARGV[2..] twelve values a job: index, fencing token, state letter ('s' succeeded, 'f' failed), result payload ('' where
 --   results live elsewhere and have been stored), then what it cost over all its attempts: attempts, prompt,
---   completion, reasoning, cached and total tokens; last the retention in seconds
+--   completion, reasoning, cached and total tokens; the retention in seconds; a failure's code ('' for a success)
 --
 -- Returns one word a job: 'ended' (now), 'again' (this very end was stored before), 'late' (a paid answer for a job that
 -- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; nothing was done).
 --
 -- A success is taken from anyone while the job is not terminal; all else needs the current token.
+--
+-- When the first jobs that end all fail with one code, what is wrong is wrong with the batch: it pauses and says why,
+-- before the rest is called for nothing. A job that succeeds ends the watch for good; a resume or a requeue begins it
+-- anew (pause.lua, requeue.lua). The record holds alike = that code, '*' once they differ, and alike_count.
 
 --!include common.lua
+
+-- Jobs that end first and are watched.
+local ALIKE = 20
 
 local batch = ARGV[1]
 local b = record(batch)
 local words = {}
 if redis.call('EXISTS', b) == 0 then
-  for i = 2, #ARGV, 11 do words[#words + 1] = 'fenced' end
+  for i = 2, #ARGV, 12 do words[#words + 1] = 'fenced' end
   return words
 end
 local sums = {}
 local names = {'attempts', 'prompt_tokens', 'completion_tokens', 'reasoning_tokens', 'cached_tokens', 'total_tokens'}
 local counts = {s = 0, f = 0}
-local late, order = 0, {}
-for i = 2, #ARGV, 11 do
+local late, order, codes = 0, {}, {}
+
+local function pause_if_alike()
+  local r = redis.call('HMGET', b, 'succeeded', 'alike', 'alike_count', 'state')
+  if tonumber(r[1]) > 0 or r[2] == '*' then return end
+  local alike, count = r[2] or codes[1], tonumber(r[3] or '0')
+  for i = 1, math.min(#codes, ALIKE - count) do
+    if codes[i] ~= alike then alike = '*' end
+    count = count + 1
+  end
+  redis.call('HSET', b, 'alike', alike, 'alike_count', count)
+  if alike ~= '*' and count >= ALIKE and r[4] == 'running' then
+    redis.call('HSET', b, 'state', 'paused', 'reason', 'the first ' .. ALIKE .. ' jobs all failed alike: ' .. alike)
+  end
+end
+
+for i = 2, #ARGV, 12 do
   local index, token, letter, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local result = 'celery-task-meta-' .. batch .. '-' .. index
   local holder = redis.call('HGET', of(batch, 'claims'), index)
@@ -53,6 +75,7 @@ for i = 2, #ARGV, 11 do
     redis.call('SETRANGE', of(batch, 'states'), index, letter)
     order[#order + 1] = struct.pack('<I4', index)
     counts[letter] = counts[letter] + 1
+    if letter == 'f' then codes[#codes + 1] = ARGV[i + 11] end
     for k = 1, 6 do sums[k] = (sums[k] or 0) + tonumber(ARGV[i + 3 + k]) end
     if payload ~= '' then
       redis.call('SET', result, payload, 'EX', ARGV[i + 10])
@@ -69,6 +92,7 @@ if #order > 0 then
     if sums[k] ~= 0 then redis.call('HINCRBY', b, names[k], string.format('%.0f', sums[k])) end
   end
   close_if_over(batch)
+  if #codes > 0 then pause_if_alike() end
   redis.call('PUBLISH', of(batch, 'events'), #order)
 end
 if late > 0 then redis.call('HINCRBY', b, 'late_answers', late) end

@@ -1,4 +1,5 @@
--- Queues failed jobs of a batch again, by explicit wish: a new generation of each, with a fresh count of attempts.
+-- Queues failed jobs of a batch again, by explicit wish: a new generation of each, with a fresh count of attempts, and
+-- of those that fail alike (finish.lua). A paused batch stays paused, for the reason it has.
 --
 -- KEYS[1] prefix
 -- ARGV[1] batch id    ARGV[2] first index to look at    ARGV[3] indexes to look at, at most
@@ -33,9 +34,10 @@ end
 if again > 0 then
   make_ready(batch, slice, 0)
   redis.call('HINCRBY', record(batch), 'failed', -again)
+  redis.call('HDEL', record(batch), 'alike', 'alike_count')
   if redis.call('HGET', record(batch), 'state') == 'finished' then
     redis.call('HSET', record(batch), 'state', 'running')
-    redis.call('HDEL', record(batch), 'finished_at')
+    redis.call('HDEL', record(batch), 'finished_at', 'reason')
     redis.call('ZADD', prefix .. 'open', redis.call('HGET', record(batch), 'created_at'), batch)
     redis.call('PERSIST', record(batch))
     local identity = redis.call('HGET', record(batch), 'identity')

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints a table of ratios within one run on one machine."""
+"""Benchmarks: each compares within one run on one machine, or with what its upstream permitted, and prints tables."""

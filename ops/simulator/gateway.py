@@ -207,6 +207,7 @@ class Gateway:
         headers = {"x-request-id": f"sim-{self.config.seed}-{call.number}"}
         if self.config.retry_after is not None and status in RETRY_AFTER_STATUSES:
             headers["Retry-After"] = f"{self.config.retry_after:g}"
+            call.retry_after = self.config.retry_after
         return headers
 
     def _limit_headers(self, account: Account) -> dict[str, str]:

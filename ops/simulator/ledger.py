@@ -31,6 +31,8 @@ class Call(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0  # billed ones
     completion_tokens: int = 0
     delivered: bool = False  # the response went out whole to a client that was still there
+    retry_after: float | None = None  # seconds that its Retry-After told
+    end: float = 0.0  # Unix seconds of its end
 
 
 class Totals(msgspec.Struct, kw_only=True):
@@ -97,6 +99,7 @@ class Ledger:
 
     def end(self, call: Call) -> None:
         """Books a call that is over."""
+        call.end = time.time()
         totals = self.totals
         totals.calls += 1
         totals.in_flight -= call.in_flight > 0

@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from jobs import keys
 from jobs.connections import connect_async
 from jobs.leases import End, Job
@@ -16,8 +18,11 @@ from jobs.requests import CHAT, Request
 from jobs.results import About, Failure, Usage, failure_payload, success_payload
 from jobs.states import TERMINAL, BatchState, JobState
 from jobs.store import Store
+from jobs.workers import WorkerInfo
 
 USAGE = Usage(3, 2, 1, 0, 5)
+#: Failures alike, of the jobs that end first, that pause a batch.
+ALIKE = 20
 
 
 def run(work: Callable[[Any], Coroutine[Any, Any, Any]], url: str) -> Any:
@@ -38,13 +43,22 @@ def requests(count: int) -> list[Request]:
     return [Request(CHAT, b'{"messages":[],"n":%d}' % n, f"c{n}") for n in range(count)]
 
 
-def ending(job: Job, letter: str, note: str = "", calls: int = 1, compress: bool = False) -> End:
-    """An end of the job with `USAGE`; another `note` makes it another payload."""
+def ending(
+    job: Job, letter: str, note: str = "", calls: int = 1, compress: bool = False, code: str = "bad_request"
+) -> End:
+    """An end of the job with `USAGE`; another `note` makes it another payload. `code` is a failure's."""
     if letter == "s":
         about = About(job.request.custom_id, CHAT, USAGE, [], 200)
         return End(job, "s", success_payload(job.job_id, b'{"a":"%s"}' % note.encode(), about, compress), calls, USAGE)
-    about = About(job.request.custom_id, CHAT, USAGE, [], 400, error=Failure("bad_request", note, 400))
-    return End(job, "f", failure_payload(job.job_id, about, compress), calls, USAGE)
+    about = About(job.request.custom_id, CHAT, USAGE, [], 400, error=Failure(code, note, 400))
+    return End(job, "f", failure_payload(job.job_id, about, compress), calls, USAGE, code)
+
+
+def live_worker(client: Any, account: str = "a", label: str = "") -> None:
+    """A worker that has said something of itself just now."""
+    said = WorkerInfo("w", "here", 1, ["bulk"], label, "http://127.0.0.1:9", account, 0, 0, [], False, 0.0)
+    client.zadd(keys.WORKERS, {said.id: redis_time(client)})
+    client.set(keys.worker(said.id), msgspec.json.encode(said))
 
 
 def redis_time(client: Any) -> float:
@@ -82,6 +96,9 @@ class Model:
     payloads: dict[int, bytes] = field(default_factory=dict)
     done: Counter[int] = field(default_factory=Counter)
     closing: str = ""
+    paused: bool = False
+    reason: str = ""
+    codes: list[str] = field(default_factory=list)
     late: int = 0
     attempts: int = 0
 
@@ -91,7 +108,7 @@ class Model:
 
     def ready(self) -> int:
         """Jobs that a claim must be able to get at once."""
-        if self.closing:
+        if self.closing or self.paused:
             return 0
         return sum(
             not end and not token and index not in self.later
@@ -100,6 +117,7 @@ class Model:
 
     def claim(self, job: Job) -> None:
         assert not self.closing
+        assert not self.paused
         assert not self.ends[job.index], "an ended job was claimed"
         assert not self.tokens[job.index], "a job was claimed twice"
         assert job.request.custom_id == f"c{job.index}"
@@ -125,7 +143,23 @@ class Model:
         self.end(index, end.letter)
         self.payloads[index] = end.payload
         self.attempts += end.calls
+        if not success:
+            self.codes.append(end.code)
         return "ended"
+
+    def look(self) -> None:
+        """After a block of ends: whether the first of them were failures alike."""
+        first = self.codes[:ALIKE]
+        if len(first) < ALIKE or len(set(first)) > 1 or "s" in self.ends:
+            return
+        if not self.over and not self.closing and not self.paused:
+            self.paused, self.reason = True, f"the first {ALIKE} jobs all failed alike: {first[0]}"
+
+    def pause(self, paused: bool) -> None:
+        if self.paused and not paused and not self.over and not self.closing:
+            self.reason = ""
+            self.codes.clear()
+        self.paused = paused
 
     def give_back(self, index: int, token: str, later: bool) -> bool:
         """Whether the job is ready at once."""
@@ -153,6 +187,10 @@ class Model:
         if self.closing:
             return 0
         failed = [index for index, end in enumerate(self.ends) if end == "f"]
+        if failed:
+            self.codes.clear()
+            if self.over:
+                self.paused, self.reason = False, ""
         for index in failed:
             self.ends[index] = ""
             self.payloads.pop(index, None)
@@ -179,6 +217,8 @@ class Model:
         assert status.attempts == self.attempts
         assert status.usage.total_tokens == 5 * sum(1 for _ in range(self.attempts))
         assert (status.state is BatchState.FINISHED) == self.over
+        assert (status.state is BatchState.PAUSED) == (self.paused and not self.closing and not self.over)
+        assert status.reason == self.reason
         for index, (end, token) in enumerate(zip(self.ends, self.tokens, strict=True)):
             state = store.job_state(self.batch_id, index)
             if end:

@@ -16,12 +16,14 @@ import worker.limiter
 import worker.line
 from jobs import keys, leases
 from jobs.connections import connect, connect_async
+from jobs.gates import account_gate as gate_of
+from jobs.gates import open_gate
 from jobs.leases import LEASE_S, End
 from jobs.requests import CHAT, Request, make_request
 from jobs.results import About, Attempt, Usage, success_payload
 from jobs.states import JobState
 from jobs.store import NewBatch, Store
-from jobs.workers import gate_of, live_workers, open_gate
+from jobs.workers import live_workers
 from tests.integration.engine_stand import (
     ANSWER,
     THINKING,
@@ -36,9 +38,13 @@ from tests.integration.engine_stand import (
     until,
 )
 from tests.integration.store_model import leftovers
+from worker.limiter import Reservation
+from worker.line import Line
 from worker.outside import Outside
 from worker.settlements import of_call
 from worker.verdict import Kind, Verdict
+
+CALL = Reservation("b.r", 0.0, 0, False)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +57,14 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flights(stand: Any, model: str = "") -> int:
     """Reservations that are held at the limiter."""
-    name = keys.flight(stand.engine.account, model or stand.engine.settings.model)
+    name = keys.flight("bulk", stand.engine.account, model or stand.engine.settings.model)
     return int(stand.store.client.zcard(name))
+
+
+def line_of(stand: Any) -> Line:
+    """The line of bulk jobs of the default model."""
+    line: Line = stand.engine.lines._lines[stand.engine.settings.model, "bulk"]
+    return line
 
 
 # -- how a job ends
@@ -89,12 +101,12 @@ async def test_retries_in_place_with_growing_backoff_until_attempts_are_used_up(
         return 0.001
 
     monkeypatch.setattr(worker.engine, "backoff", backoff)
-    said = [refused(500), unconnected(), refused(503, 7.0), refused(500)]
+    said = [refused(500), unconnected(), refused(503, 0.01), refused(500)]
     async with standing(store_url, FakeUpstream(*said), max_attempts=4) as stand:
         batch = stand.submit(1)
         await stand.engine.ring("bulk")
         status = await stand.ended(batch)
-        assert waits == [(1, None), (2, None), (3, 7.0)]
+        assert waits == [(1, None), (2, None), (3, 0.01)]
         assert (status.failed, status.attempts) == (1, 4)
         attempts = stand.attempts(batch)
         assert [a["verdict"] for a in attempts] == ["http_500", "connect_error", "http_503", "http_500"]
@@ -124,8 +136,7 @@ async def test_a_refusal_is_not_counted(store_url: str) -> None:
 
 
 @in_loop
-async def test_a_retry_after_holds_every_job_of_the_model(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.line, "SHUT_S", 100.0)
+async def test_a_retry_after_holds_every_job_of_the_model(store_url: str) -> None:
     upstream = FakeUpstream(refused(429, 0.3))
     async with standing(store_url, upstream, max_in_flight=1) as stand:
         batch = stand.submit(3)
@@ -167,7 +178,8 @@ async def test_another_model_goes_on_while_one_is_held(store_url: str) -> None:
 @in_loop
 async def test_a_long_wait_leaves_the_engine(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.engine, "LONG_WAIT_S", 1.0)
-    async with standing(store_url, FakeUpstream(refused(503, 30.0))) as stand:
+    monkeypatch.setattr(worker.engine, "backoff", lambda *_: 30.0)
+    async with standing(store_url, FakeUpstream(refused(503))) as stand:
         batch = stand.submit(1)
         await stand.engine.ring("bulk")
         await until(lambda: len(stand.engine.holding) == 0, "the job is given back")
@@ -252,14 +264,14 @@ def test_a_shut_account_costs_no_job(store_url: str, status: int, reason: str) -
             assert (gate.reason, gate.status) == (reason, status)
             assert stand.store.status(batch).ended == 0
             assert stand.store.status(batch).queued == 5
-            assert stand.engine.bounds == [f"gate ({reason})"]
+            assert stand.engine.bounds == [reason]
             # Nothing is claimed while it is shut.
             assert stand.engine.intake.room() == 0
             asked = len(upstream.asked)
             assert asked <= 20
             # Then one call goes as a probe, and shuts it again.
             client.hset(keys.gate(account), "until", 0)
-            stand.engine.lines.gate_until = stand.engine.lines._lines[stand.engine.settings.model].shut_until = 1e-9
+            stand.engine.lines.gate_until = line_of(stand).shut_until = 1e-9
             assert stand.engine.intake.room() == 1
             ring = asyncio.create_task(stand.engine.ring("bulk"))
             await until(lambda: len(upstream.asked) == asked + 1, "the probe")
@@ -268,7 +280,7 @@ def test_a_shut_account_costs_no_job(store_url: str, status: int, reason: str) -
             # The account is in order again.
             upstream.default = answered
             open_gate(client, account)
-            stand.engine.lines.gate_until = stand.engine.lines._lines[stand.engine.settings.model].shut_until = 1e-9
+            stand.engine.lines.gate_until = line_of(stand).shut_until = 1e-9
             done = await stand.ended(batch)
             stand.engine.intake.stop()
             await ring
@@ -283,30 +295,30 @@ def test_a_shut_account_costs_no_job(store_url: str, status: int, reason: str) -
 
 def test_a_refused_key_inside_a_200_shuts_the_account_for_that_reason() -> None:
     gate = Verdict(Kind.GATE, "key_refused", True)
-    settled = of_call("r", 100, answered(b'{"error":{"code":401,"message":"no"}}'), gate)
-    assert (settled.what, settled.status) == ("key", 401)
+    settled = of_call(CALL, 100, answered(b'{"error":{"code":401,"message":"no"}}'), gate)
+    assert (settled.what, settled.status) == ("key_refused", 401)
 
 
 def test_a_bad_answer_opens_a_gate() -> None:
-    settled = of_call("r", 100, answered(THINKING), Verdict(Kind.RETRY, "empty_answer", True))
+    settled = of_call(CALL, 100, answered(THINKING), Verdict(Kind.RETRY, "empty_answer", True))
     assert (settled.what, settled.tokens) == ("clean", 95)
 
 
 def test_what_was_never_sent_gives_its_tokens_back() -> None:
-    assert of_call("r", 100, unconnected(), Verdict(Kind.RETRY, "connect_error")).tokens == 100
-    assert of_call("r", 100, refused(500), Verdict(Kind.RETRY, "http_500")).tokens == 0
+    assert of_call(CALL, 100, unconnected(), Verdict(Kind.RETRY, "connect_error")).tokens == 100
+    assert of_call(CALL, 100, refused(500), Verdict(Kind.RETRY, "http_500")).tokens == 0
 
 
 # -- how many go at once
 
 
 @in_loop
-async def test_the_first_window_is_16_and_doubles(store_url: str) -> None:
+async def test_the_first_window_is_16_less_what_is_kept_and_doubles(store_url: str) -> None:
     upstream = FakeUpstream(hold=True)
     async with standing(store_url, upstream, worker_max_in_flight=1000) as stand:
         stand.submit(200)
         rings = [asyncio.create_task(stand.engine.ring("bulk")) for _ in range(4)]
-        for window in (16, 32, 64):
+        for window in (15, 30, 58):
             await until(functools.partial(upstream.has, window), f"a window of {window}")
             await until(lambda: stand.engine.bounds == ["window"], "the window bounds")
             assert upstream.most_in_flight == window
@@ -318,8 +330,8 @@ async def test_the_first_window_is_16_and_doubles(store_url: str) -> None:
 @in_loop
 async def test_max_in_flight_is_never_exceeded(store_url: str) -> None:
     upstream = FakeUpstream()
-    one = standing(store_url, upstream, max_in_flight=3, worker_id="w1")
-    two = standing(store_url, upstream, max_in_flight=3, worker_id="w2")
+    one = standing(store_url, upstream, max_in_flight=4, worker_id="w1")
+    two = standing(store_url, upstream, max_in_flight=4, worker_id="w2")
     async with one as stand, two as other:
         batch = stand.submit(150)
         rings = [asyncio.create_task(s.engine.ring("bulk")) for s in (stand, other) * 2]
@@ -434,7 +446,7 @@ async def test_an_empty_store_ends_a_ring_at_once(store_url: str) -> None:
 
 @in_loop
 async def test_stop_gives_back_what_waits_and_lets_calls_end(store_url: str) -> None:
-    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=2) as stand:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
         batch = stand.submit(10)
         await stand.engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 2, "two in flight")
@@ -532,16 +544,18 @@ async def test_a_claim_that_comes_while_stopping_goes_back(store_url: str, monke
 
 
 @in_loop
-async def test_a_call_cancelled_before_its_first_step_is_not_lost(store_url: str) -> None:
+async def test_a_call_cancelled_before_its_first_step_is_not_lost(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with standing(store_url, FakeUpstream()) as stand:
-        start = stand.engine.lines.start
+        start = stand.engine.start
 
         def start_and_cancel(*args: Any) -> None:
             start(*args)
             for _, task in stand.engine.flying.values():
                 task.cancel()
 
-        stand.engine.lines.start = start_and_cancel
+        monkeypatch.setattr(stand.engine, "start", start_and_cancel)
         batch = stand.submit(1)
         await stand.engine.ring("bulk")
         await until(lambda: stand.store.status(batch).queued == 1 and not stand.engine.flying, "given back")
@@ -633,7 +647,7 @@ async def test_an_end_that_was_just_written_is_no_lost_lease(
 
 @in_loop
 async def test_a_cancelled_batch_is_broken_off(store_url: str) -> None:
-    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=2) as stand:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
         batch = stand.submit(5)
         await stand.engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 2)
@@ -657,7 +671,7 @@ async def test_the_heartbeat_renews_leases_and_reservations(store_url: str) -> N
         stand.submit(1)
         await engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 1)
-        flight = keys.flight(engine.account, engine.settings.model)
+        flight = keys.flight("bulk", engine.account, engine.settings.model)
         for name in (keys.LEASES, flight):
             soon = time.time() + 3
             client.zadd(name, dict.fromkeys(client.zrange(name, 0, -1), soon), xx=True)
@@ -685,13 +699,13 @@ async def test_nothing_starts_when_the_last_renewal_is_old(store_url: str) -> No
 @in_loop
 async def test_a_late_reservation_is_not_used(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with standing(store_url, FakeUpstream()) as stand:
-        start, used = stand.engine.lines.start, []
+        start, used = stand.engine.start, []
 
-        def late(run: Any, reservation: str, due: float) -> None:
+        def late(run: Any, reservation: Reservation, due: float) -> None:
             used.append(reservation)
             start(run, reservation, due - (worker.engine.LATE_S + 0.1 if len(used) == 1 else 0.0))
 
-        stand.engine.lines.start = late
+        monkeypatch.setattr(stand.engine, "start", late)
         batch = stand.submit(1)
         await stand.engine.ring("bulk")
         assert (await stand.ended(batch)).succeeded == 1
@@ -707,7 +721,7 @@ async def test_nothing_is_lost_while_the_store_is_away(store_url: str, tmp_path_
     wire = Wire(store_url, tmp_path_factory.mktemp("w"))
     await wire.mend()
     upstream = FakeUpstream(hold=True)
-    async with standing(wire.url, upstream, store_url=store_url, max_in_flight=3) as stand:
+    async with standing(wire.url, upstream, store_url=store_url, max_in_flight=4) as stand:
         batch = stand.submit(6)
         await stand.engine.ring("bulk")
         await until(lambda: upstream.in_flight == 3)
@@ -743,12 +757,16 @@ async def test_a_ring_waits_for_the_store(store_url: str, tmp_path_factory: Any)
 
 
 @pytest.mark.parametrize("lost", ["finish", "settle", "give_back", "reserve"])
-def test_a_write_whose_fate_is_unknown_counts_once(store_url: str, tmp_path_factory: Any, lost: str) -> None:
+def test_a_write_whose_fate_is_unknown_counts_once(
+    store_url: str, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
     @in_loop
     async def main() -> None:
         wire = Wire(store_url, tmp_path_factory.mktemp("w"))
         await wire.mend()
-        script = [refused(503, 30.0)] if lost == "give_back" else []
+        if lost == "give_back":
+            monkeypatch.setattr(worker.engine, "backoff", lambda *_: 30.0)
+        script = [refused(503)] if lost == "give_back" else []
         upstream = FakeUpstream(*script)
         # Reservations whose fate is unknown hold their places until they expire: have places to spare.
         async with standing(wire.url, upstream, store_url=store_url, beat=False) as stand:
@@ -762,11 +780,11 @@ def test_a_write_whose_fate_is_unknown_counts_once(store_url: str, tmp_path_fact
                 "finish": leases._finish.sha,
                 "give_back": leases._give_back.sha,
                 "settle": worker.limiter.SETTLE.sha,
-                "reserve": worker.limiter._reserve.sha,
+                "reserve": worker.limiter.RESERVE.sha,
             }[lost]
             if lost == "give_back":
                 assert stand.store.client.hlen(keys.claims(batch)) + stand.store.client.hlen(keys.claims(warm)) == 0
-                upstream.script.append(refused(503, 30.0))
+                upstream.script.append(refused(503))
             more = stand.submit(2)
             wire.lose_reply_to = script_sha.encode()
             await stand.engine.ring("bulk")
@@ -786,24 +804,21 @@ def test_a_write_whose_fate_is_unknown_counts_once(store_url: str, tmp_path_fact
 
 
 @in_loop
-async def test_results_elsewhere_are_stored_before_the_state(store_url: str) -> None:
+async def test_results_elsewhere_are_stored_before_the_state(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = f"{store_url}?db=3"
     async with standing(store_url, FakeUpstream(), results_url=elsewhere) as stand:
         batch = stand.submit(2)
         state_first = []
-        finish = leases.finish
+        finish = leases.finish_call
 
-        async def look(client: Any, batch_id: str, ends: list[Any], **more: Any) -> list[str]:
+        def look(batch_id: str, ends: list[Any], **more: Any) -> Any:
             known = stand.store.results(batch_id, [end.job.index for end in ends])
             state_first.append(any(stored is None for stored in known))
-            return await finish(client, batch_id, ends, **more)
+            return finish(batch_id, ends, **more)
 
-        leases.finish = look  # type: ignore[assignment] # put back below
-        try:
-            await stand.engine.ring("bulk")
-            assert (await stand.ended(batch)).succeeded == 2
-        finally:
-            leases.finish = finish
+        monkeypatch.setattr(leases, "finish_call", look)
+        await stand.engine.ring("bulk")
+        assert (await stand.ended(batch)).succeeded == 2
         assert state_first
         assert not any(state_first)
         assert stand.store.client.keys("celery-task-meta-*") == []
@@ -937,3 +952,18 @@ async def test_a_reply_nobody_expects_ends_the_engine_and_gives_its_jobs_back(
         await stand.engine.ring("bulk")
         await until(lambda: stand.engine.stopping)
         await until(lambda: stand.store.status(batch).queued == 3, "given back")
+
+
+@in_loop
+async def test_what_is_held_of_a_batch_that_pauses_is_given_back(store_url: str) -> None:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
+        batch = stand.submit(10)
+        await stand.engine.ring("bulk")
+        await until(lambda: stand.upstream.in_flight == 2)
+        stand.store.pause(batch)
+        await until(lambda: stand.store.status(batch).running == 2, "all but those in flight are given back")
+        stand.upstream.release()
+        await until(lambda: len(stand.engine.holding) == 0)
+        status = stand.store.status(batch)
+        assert (status.state, status.succeeded, status.queued) == ("paused", 2, 8)
+        assert len(stand.upstream.asked) == 2

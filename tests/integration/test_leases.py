@@ -16,7 +16,7 @@ from jobs.connections import connect, connect_async
 from jobs.leases import End, Job
 from jobs.scripts import Script
 from jobs.store import NewBatch, Store
-from tests.integration.store_model import Model, ending, leftovers, redis_time, requests, run, wait_until
+from tests.integration.store_model import ALIKE, Model, ending, leftovers, redis_time, requests, run, wait_until
 
 LONG_S = 60.0
 SHORT_S = 0.02
@@ -58,7 +58,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         lane=st.sampled_from(LANES),
-        total=st.integers(1, 12),
+        total=st.one_of(st.integers(1, 12), st.just(ALIKE + 3)),
         size=st.integers(1, 5),
         answered=st.sampled_from([b"", b"", b"s", b"\0f", b"sfs\0s", b"s" * 12]),
         deadline=st.sampled_from([None, None, SHORT_S]),
@@ -116,12 +116,23 @@ class Life(RuleBasedStateMachine):
         """An end that was sent before, byte for byte."""
         self._finish([data.draw(st.sampled_from(self.ends[-RECENT:]))])
 
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), codes=st.sampled_from([("one",), ("one",), ("one", "two")]))
+    def fail_many(self, data: st.DataObject, codes: tuple[str, ...]) -> None:
+        """Some of what is ready in the lane of a batch is claimed; all that is in flight of the batch fails."""
+        model = data.draw(st.sampled_from(list(self.batches.values())[-3:]))
+        self.claim("w3", ((model.lane, model.label),), ALIKE, short=False)
+        held = [job for job in self.jobs if job.batch_id == model.batch_id and model.tokens[job.index] == job.token]
+        note = str(len(self.ends))
+        self._finish([ending(job, "f", note, code=codes[place % len(codes)]) for place, job in enumerate(held)])
+
     def _finish(self, ends: list[End]) -> None:
         self.ends += ends
         for batch_id in dict.fromkeys(end.job.batch_id for end in ends):
             block = [end for end in ends if end.job.batch_id == batch_id]
             expected = [self.batches[batch_id].finish(end) for end in block]
             assert self.runner.run(leases.finish(self.aclient, batch_id, block)) == expected
+            self.batches[batch_id].look()
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), delay=st.sampled_from([0.0, 0.0, SHORT_S, NEVER_S]))
@@ -136,7 +147,7 @@ class Life(RuleBasedStateMachine):
     def renew(self, data: st.DataObject) -> None:
         token = data.draw(st.sampled_from(self.jobs[-RECENT:])).token
         live = [model for model in self.batches.values() if token in model.tokens]
-        lost, closing = self.runner.run(leases.renew(self.aclient, [token], LONG_S))
+        lost, closing, _ = self.runner.run(leases.renew(self.aclient, [token], LONG_S))
         assert lost == (set() if live else {token})
         assert closing == {token for model in live if model.closing}
         self.short.discard(token)
@@ -179,6 +190,16 @@ class Life(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(list(self.batches.values())[-3:]))
         assert self.store.requeue_failed(model.batch_id) == model.requeue()
 
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), paused=st.booleans())
+    def pause(self, data: st.DataObject, paused: bool) -> None:
+        model = data.draw(st.sampled_from(list(self.batches.values())[-3:]))
+        if paused:
+            self.store.pause(model.batch_id)
+        else:
+            self.store.resume(model.batch_id)
+        model.pause(paused)
+
     # -- what must hold
 
     @invariant()
@@ -192,6 +213,8 @@ class Life(RuleBasedStateMachine):
             self.runner.run(leases.give_back(self.aclient, job.batch_id, [(job, 0.0, b"")]))
             self.batches[job.batch_id].give_back(job.index, job.token, later=False)
         for model in self.batches.values():
+            self.store.resume(model.batch_id)
+            model.pause(False)
             # The far retries are brought forward.
             for index in model.later:
                 self.client.zadd(keys.retries(model.batch_id), {str(index): 1.0}, xx=True)
@@ -259,7 +282,11 @@ def test_an_answer_from_a_former_holder_frees_the_present_one(store: Store, stor
     back(store_url, (first, 0.0))
     (second,) = claim(store_url, 2)
     late(store_url, first)
-    assert run(lambda client: leases.renew(client, [first.token, second.token]), store_url) == ({second.token}, set())
+    assert run(lambda client: leases.renew(client, [first.token, second.token]), store_url) == (
+        {second.token},
+        set(),
+        set(),
+    )
 
 
 def test_retries_of_different_times_all_come(store: Store, store_url: str) -> None:

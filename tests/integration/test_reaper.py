@@ -234,7 +234,7 @@ def test_deadlines_expire_batches(store: Store, store_url: str) -> None:
         await turn(make("w"))
         status = store.status(batch_id)
         assert (status.state, status.expired, status.running) == (BatchState.CANCELLING, 2_998, 2)
-        assert await leases.renew(client, [jobs[0].token]) == (set(), {jobs[0].token})
+        assert await leases.renew(client, [jobs[0].token]) == (set(), {jobs[0].token}, set())
         await leases.finish(client, batch_id, [ending(jobs[0], "s")])
         await leases.give_back(client, batch_id, [(jobs[1], 0.0, b"")])
         status = store.status(batch_id)

@@ -12,8 +12,13 @@ from typing import Any
 
 import pytest
 
+from jobs import identity, keys
+from jobs.connections import connect
+from jobs.states import BatchState
+from jobs.store import Store
 from ops.simulator import RunningSimulator, running_simulator
 from tests.integration.commands import Box, Command, opened
+from tests.integration.store_model import redis_time
 from tests.waiting import wait_for
 
 KEY = "sk-not-for-your-eyes"
@@ -208,10 +213,10 @@ def middle(box: Box, sim: RunningSimulator, count: int, *args: str) -> Command:
     """A run that has written some rows and has calls in flight, whose answers are held."""
     box.prompts(count)
     sim.configure(latency=0.02)
-    run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "8", *args)
+    run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "9", *args)
     written(box, 10)
     sim.configure(hold=True)
-    sim.wait_until(lambda totals: totals.in_flight == 8)
+    sim.wait_until(lambda totals: totals.in_flight == 8)  # one of the nine places is kept for interactive jobs
     return run
 
 
@@ -245,7 +250,7 @@ def test_told_to_stop_a_run_ends_its_calls_and_goes_on_later(box: Box, sim: Runn
         if place == 1:
             run = middle(box, sim, count)
         else:
-            run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "8")
+            run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "9")
             written(box, done + 10)
             sim.configure(hold=True)
             sim.wait_until(lambda totals: totals.in_flight == 8)
@@ -365,3 +370,49 @@ def test_commands_around_a_worker_of_ones_own(box: Box, sim: RunningSimulator, s
     worker.signal(signal.SIGTERM)
     worker.wait(0)
     assert "0 live workers" in box.run("status", **here).out
+
+
+# -- what stops a batch as a whole
+
+WHY = "the first 20 jobs all failed alike: http_404"
+SEE = f"mimoq: {WHY}; see in.out.errors.jsonl, then run the same command again (with --retry-failed to call these again too)"
+
+
+def test_a_batch_that_fails_alike_stops_until_what_is_wrong_is_mended(
+    box: Box, sim: RunningSimulator, store_url: str
+) -> None:
+    """With a worker of the run's own, then with somebody else's."""
+    box.prompts(100)
+    sim.configure(faults={"404": 1.0})
+    here: dict[str, Any] = {"redis_url": store_url, "worker_max_in_flight": "4", "slice_size": "10"}
+    client: Any = connect(store_url)
+
+    def stopped(run: Command, failed_before: int) -> int:
+        told = run.wait(1).summary()
+        assert run.err.splitlines()[-1] == SEE
+        # What was in flight ended and is written; nothing is started any more.
+        status = Store(client).status(told["batch"])
+        assert (status.state, status.reason, status.running) == (BatchState.PAUSED, WHY, 0)
+        assert (told["succeeded"], told["failed"]) == (0, status.failed)
+        assert failed_before + 20 <= status.failed < 100
+        assert len(box.ids("in.out.errors.jsonl")) == status.failed == sim.totals()["calls"]
+        return status.failed
+
+    failed = stopped(box.start("run", "in.jsonl", "--json", "--workers", "1", **here), 0)
+    worker = box.start("worker", "--lane", "bulk", **here)
+    # The same command, and nothing was mended: it stops again.
+    stopped(box.start("run", "in.jsonl", "--json", **here), failed)
+
+    # Mended, and tried at once even where an earlier run had found the key refused.
+    sim.configure(faults={})
+    gate, now = keys.gate(identity.account(KEY)), redis_time(client)
+    shut: dict[Any, Any] = {"reason": "key_refused", "status": 401, "since": now, "until": now + 99, "step_s": 60}
+    client.hset(gate, mapping={**shut, "refused_at": now})
+    told = box.run("run", "in.jsonl", "--json", "--retry-failed", **here).summary()
+    assert (told["succeeded"], told["failed"]) == (100, 0)
+    assert paid(sim) == (100, 0)
+    assert box.rows("in.out.errors.jsonl") == []
+    assert not client.exists(gate)
+    client.close()
+    worker.signal(signal.SIGTERM)
+    worker.wait(0)

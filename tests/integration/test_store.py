@@ -13,12 +13,13 @@ import pytest
 from jobs import keys, leases
 from jobs.connections import connect, connect_async
 from jobs.errors import Conflict, MimoqError, NotFound, StoreUnavailable
-from jobs.leases import Job
+from jobs.gates import Gate, account_gate, gates_of, open_gate, server_time
+from jobs.leases import End, Job
 from jobs.requests import CHAT, MESSAGES, Request, make_request
 from jobs.results import Usage
 from jobs.states import BatchState, JobState
 from jobs.store import STAGING_TTL_S, NewBatch, Store
-from tests.integration.store_model import ending, leftovers, redis_time, requests, run, wait_until
+from tests.integration.store_model import ALIKE, ending, leftovers, redis_time, requests, run, wait_until
 
 
 @pytest.fixture
@@ -319,6 +320,204 @@ def test_failed_jobs_are_queued_again_by_wish_alone(store: Store, store_url: str
     assert store.requeue_failed("no") == 0
 
 
+# -- failures alike
+
+
+def send(url: str, ends: list[End]) -> list[str]:
+    """Stores ends of one batch in one block; the words."""
+    words: list[str] = run(lambda client: leases.finish(client, ends[0].job.batch_id, ends), url)
+    return words
+
+
+def fail(url: str, jobs: list[Job], code: str = "http_404") -> list[str]:
+    return send(url, [ending(job, "f", code=code) for job in jobs])
+
+
+WHY = "the first 20 jobs all failed alike: http_404"
+
+
+def test_a_batch_whose_first_jobs_fail_alike_pauses_and_says_why(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(100), NewBatch())
+    jobs = claim(store_url, ALIKE + 3)
+    fail(store_url, jobs[: ALIKE - 1])
+    assert store.status(batch_id).state is BatchState.RUNNING
+    with store.subscribe(batch_id) as pubsub:
+        fail(store_url, jobs[ALIKE - 1 : ALIKE])
+        message = None
+        while message is None:
+            message = pubsub.get_message(timeout=5)
+    status = store.status(batch_id)
+    assert (status.state, status.reason, status.failed, status.running) == (BatchState.PAUSED, WHY, ALIKE, 3)
+    assert claim(store_url, 5) == []
+    assert store.unfinished("") == []
+    # What is in flight ends, however it ends, and changes nothing.
+    last = [ending(job, letter, code="http_500") for job, letter in zip(jobs[ALIKE:], "fsf", strict=True)]
+    assert send(store_url, last) == ["ended"] * 3
+    assert store.pause(batch_id) is BatchState.PAUSED
+    assert (store.status(batch_id).state, store.status(batch_id).reason) == (BatchState.PAUSED, WHY)
+
+    # It goes on, and since a job has succeeded it does not pause for that again.
+    assert store.resume(batch_id) is BatchState.RUNNING
+    assert store.status(batch_id).reason == ""
+    fail(store_url, claim(store_url, 50))
+    assert store.status(batch_id).state is BatchState.RUNNING
+
+
+@pytest.mark.parametrize("again", ["resume", "requeue"])
+def test_what_goes_on_without_a_success_is_watched_anew(store: Store, store_url: str, again: str) -> None:
+    batch_id, *_ = store.submit(requests(200), NewBatch())
+    for code in ("http_404", "http_400"):
+        fail(store_url, claim(store_url, ALIKE - 1), code)
+        if again == "resume":
+            store.pause(batch_id)
+            store.resume(batch_id)
+        else:
+            assert store.requeue_failed(batch_id) == ALIKE - 1
+        assert store.status(batch_id).state is BatchState.RUNNING
+    jobs = claim(store_url, ALIKE)
+    fail(store_url, jobs[:-1])
+    assert store.status(batch_id).state is BatchState.RUNNING
+    fail(store_url, jobs[-1:])
+    assert store.status(batch_id).reason == WHY
+    assert store.requeue_failed(batch_id) >= ALIKE
+    assert (store.status(batch_id).state, store.status(batch_id).reason) == (BatchState.PAUSED, WHY)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "other"),
+    [
+        ([19, 1], 19),  # the last of them succeeds, or fails otherwise
+        ([20], 19),
+        ([1, 20], 0),
+        ([20], 0),
+        ([10, 10], 12),
+    ],
+)
+@pytest.mark.parametrize("letter", ["s", "f"])
+def test_other_ends_pause_nothing(store: Store, store_url: str, blocks: list[int], other: int, letter: str) -> None:
+    batch_id, *_ = store.submit(requests(100), NewBatch())
+    ends = [ending(job, "f", code="http_404") for job in claim(store_url, sum(blocks))]
+    ends[other] = ending(ends[other].job, letter, code="http_400")
+    for count in blocks:
+        send(store_url, ends[:count])
+        ends = ends[count:]
+    for _ in range(2):
+        fail(store_url, claim(store_url, ALIKE))
+    status = store.status(batch_id)
+    assert (status.state, status.reason) == (BatchState.RUNNING, "")
+
+
+def test_failures_after_the_first_are_no_matter(store: Store, store_url: str) -> None:
+    """Ends of one block: the first of them are alike, so that they are followed by another kind helps nobody."""
+    batch_id, *_ = store.submit(requests(100), NewBatch())
+    jobs = claim(store_url, ALIKE + 1)
+    ends = [ending(job, "f", code="http_404" if place < ALIKE else "other") for place, job in enumerate(jobs)]
+    send(store_url, ends)
+    assert store.status(batch_id).reason == WHY
+
+
+def test_only_ends_of_this_generation_and_holder_count(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(100), NewBatch())
+    ends = [ending(job, "f") for job in claim(store_url, ALIKE - 1)]
+    assert send(store_url, ends) == ["ended"] * (ALIKE - 1)
+    assert send(store_url, ends) == ["again"] * (ALIKE - 1)
+    (job,) = claim(store_url, 1)
+    run(lambda client: leases.give_back(client, batch_id, [(job, 0.0, b"")]), store_url)
+    assert fail(store_url, [job]) == ["fenced"]
+    assert store.status(batch_id).state is BatchState.RUNNING
+
+
+@pytest.mark.parametrize("total", [ALIKE - 1, ALIKE])
+def test_a_batch_that_is_over_with_that_is_finished(store: Store, store_url: str, total: int) -> None:
+    batch_id, *_ = store.submit(requests(total), NewBatch())
+    jobs = claim(store_url, total)
+    fail(store_url, jobs[:-1])
+    fail(store_url, jobs[-1:])
+    status = store.status(batch_id)
+    assert (status.state, status.reason) == (BatchState.FINISHED, "")
+
+
+def test_a_paused_batch_that_ends_keeps_its_reason_until_it_is_queued_again(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(ALIKE + 1), NewBatch())
+    jobs = claim(store_url, ALIKE + 1)
+    fail(store_url, jobs[:-1])
+    fail(store_url, jobs[-1:])
+    status = store.status(batch_id)
+    assert (status.state, status.reason) == (BatchState.FINISHED, WHY)
+    assert store.requeue_failed(batch_id) == ALIKE + 1
+    status = store.status(batch_id)
+    assert (status.state, status.reason) == (BatchState.RUNNING, "")
+
+
+def test_rows_answered_before_count_as_answers_alone(store: Store, store_url: str) -> None:
+    answered, *_ = store.submit(requests(60), NewBatch(answered=b"fs"))
+    fail(store_url, claim(store_url, 30))
+    assert store.status(answered).state is BatchState.RUNNING
+    store.cancel(answered)
+    failed, *_ = store.submit(requests(60), NewBatch(answered=b"f" * 10))
+    fail(store_url, claim(store_url, ALIKE - 1))
+    assert store.status(failed).state is BatchState.RUNNING
+    fail(store_url, claim(store_url, 1))
+    assert store.status(failed).reason == WHY
+
+
+def test_a_batch_that_is_cancelled_or_paused_by_wish_does_not_pause_itself(store: Store, store_url: str) -> None:
+    for state in (BatchState.CANCELLING, BatchState.PAUSED):
+        batch_id, *_ = store.submit(requests(60), NewBatch())
+        jobs = claim(store_url, ALIKE + 5)
+        if state is BatchState.PAUSED:
+            store.pause(batch_id)
+        else:
+            store.cancel(batch_id)
+        fail(store_url, jobs[:ALIKE])
+        status = store.status(batch_id)
+        assert (status.state, status.reason) == (state, "")
+
+
+# -- gates
+
+
+def test_shut_gates_are_the_accounts_own_and_those_of_its_models(store: Store) -> None:
+    client = store.client
+    assert gates_of(client, "a") == []
+    assert account_gate(client, "a") is None
+    limits: dict[tuple[str, str], dict[str, str | float]] = {
+        ("a", "open"): {"window": 16},
+        ("a", "opened"): {"window": 16, "gate_reason": "", "gate_status": ""},
+        ("a", "z"): {"gate_reason": "outage", "gate_status": "", "gate_since": 1.5, "gate_until": 2.25, "rate": 3},
+        ("a", "b:c"): {"gate_reason": "retry_after", "gate_status": 429, "gate_since": 3, "gate_until": 4},
+        ("ab", "z"): {"gate_reason": "refused", "gate_status": 429, "gate_since": 5, "gate_until": 6},
+    }
+    for (account, model), fields in limits.items():
+        client.hset(keys.limit(account, model), mapping=fields)
+        client.zadd(keys.LIMITS, {f"{account}:{model}": 1.0})
+    client.zadd(keys.LIMITS, {"a:gone": 2.0})
+    models = [Gate("a", "b:c", "retry_after", 429, 3.0, 4.0), Gate("a", "z", "outage", None, 1.5, 2.25)]
+    assert gates_of(client, "a") == models
+    assert account_gate(client, "a") is None
+    shut = {"reason": "key_refused", "status": 401, "since": 7, "until": 8, "step_s": 4, "refused_at": 7.5}
+    client.hset(keys.gate("a"), mapping=shut)
+    own = Gate("a", None, "key_refused", 401, 7.0, 8.0, 7.5)
+    assert account_gate(client, "a") == own
+    assert gates_of(client, "a") == [own, *models]
+    assert gates_of(client, "ab") == [Gate("ab", "z", "refused", 429, 5.0, 6.0)]
+    assert (own.why, models[1].why) == ("key_refused (401)", "outage")
+    assert (own.wait_s(5.5), own.wait_s(9.0)) == (2.5, 0.0)
+
+
+def test_an_opened_gate_stays_and_lets_one_call_go_now(store: Store) -> None:
+    client = store.client
+    before = redis_time(client)
+    at = open_gate(client, "a")
+    assert before <= at <= server_time(client)
+    assert not client.exists(keys.gate("a")), "half a gate"
+    shut = {"reason": "forbidden", "status": 403, "since": at, "until": at + 60, "step_s": 60, "refused_at": at}
+    client.hset(keys.gate("a"), mapping=shut)
+    assert open_gate(client, "a") > at
+    assert account_gate(client, "a") == Gate("a", None, "forbidden", 403, at, 0.0, at)
+    assert client.hget(keys.gate("a"), "step_s") == b"1"
+
+
 # -- lanes
 
 
@@ -421,7 +620,7 @@ def test_out_of_memory_what_was_paid_for_is_stored_and_nothing_new_is_taken(stor
     with pytest.raises(StoreUnavailable, match=r"^Redis is out of memory: free some, or raise its maxmemory"):
         store.submit(requests(100), NewBatch())
     assert finish(store_url, jobs[:4]) == ["ended"] * 4
-    assert run(lambda client: leases.renew(client, [jobs[0].token]), store_url) == (set(), set())
+    assert run(lambda client: leases.renew(client, [jobs[0].token]), store_url) == (set(), set(), set())
     backs = [(job, 0.0, b"[1]") for job in jobs[4:6]]
     assert run(lambda client: leases.give_back(client, batch_id, backs), store_url) == 2
     assert run(leases.reap, store_url) == (0, 0)
@@ -440,6 +639,9 @@ def test_redis_away_is_one_clear_error(tmp_path: Any) -> None:
         lambda: store.results("b", [1]),
         lambda: store.cancel("b"),
         lambda: store.subscribe("b"),
+        lambda: gates_of(store.client, "a"),
+        lambda: open_gate(store.client, "a"),
+        lambda: server_time(store.client),
     ):
         with pytest.raises(StoreUnavailable, match="Redis does not answer"):
             ask()
@@ -471,7 +673,11 @@ def test_an_end_of_a_batch_that_is_no_longer_kept_is_refused(store: Store, store
     jobs = claim(store_url, 1)
     store.client.delete(keys.batch(batch_id))
     assert finish(store_url, jobs) == ["fenced"]
-    assert run(lambda client: leases.renew(client, [jobs[0].token, "none"]), store_url) == ({"none"}, {jobs[0].token})
+    assert run(lambda client: leases.renew(client, [jobs[0].token, "none"]), store_url) == (
+        {"none"},
+        {jobs[0].token},
+        set(),
+    )
 
 
 def test_results_stored_elsewhere_are_not_stored_here(store: Store, store_url: str) -> None:

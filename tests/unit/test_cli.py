@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 import pytest
 
+from jobs import identity, keys
+from jobs.connections import connect
 from producers import cli
+from tests.integration.store_model import live_worker
 
 KEY = "sk-not-for-your-eyes"
 GOOD = json.dumps({"prompt": "What is a queue?"}) + "\n"
@@ -370,6 +373,63 @@ def test_a_queued_batch_without_workers(
         status, _, err = mimoq("results", batch, "-o", "/dev/full")
         assert (status, len(err.splitlines())) == (1, 1)
         assert "No space left on device" in err
+
+
+def test_shut_gates_are_shown(mimoq: Mimoq, monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    """By the server's clock, whatever this machine's says."""
+    monkeypatch.setenv("MIMOQ_REDIS_URL", store_url)
+    monkeypatch.setattr("producers.status.server_time", lambda client: 1_000_000.0)
+    account = identity.account(KEY)
+    client: Any = connect(store_url)
+    outage = {"gate_reason": "outage", "gate_status": "", "gate_since": 999_999.5, "gate_until": 1_000_004}
+    refused = {"gate_reason": "retry_after", "gate_status": 429, "gate_since": 999_990, "gate_until": 1_000_037.2}
+    client.hset(keys.limit(account, "m2"), mapping=outage)
+    client.hset(keys.limit(account, "m1"), mapping=refused)
+    client.hset(keys.limit("another", "m1"), mapping=refused)
+    client.zadd(keys.LIMITS, {f"{account}:m2": 1, f"{account}:m1": 2, "another:m1": 3})
+    shut = {"reason": "key_refused", "status": 401, "since": 900_000, "until": 0, "step_s": 1, "refused_at": 950_000}
+    client.hset(keys.gate(account), mapping=shut)
+    live_worker(client, account="another")
+    assert mimoq("status", "--json") == (0, "", "")
+    lines = mimoq("status")[1].splitlines()
+    assert sorted(line for line in lines if "shut" in line) == sorted(
+        [
+            f"account {account} is shut: key_refused (401) since 1970-01-11T10:00:00Z, next probe in 0 s",
+            f"model m1 of account {account} is shut: retry_after (429) since 1970-01-12T13:46:30Z, next probe in 37 s",
+            f"model m2 of account {account} is shut: outage since 1970-01-12T13:46:39Z, next probe in 4 s",
+            "model m1 of account another is shut: retry_after (429) since 1970-01-12T13:46:30Z, next probe in 37 s",
+        ]
+    )
+    mimoq("submit", "in.jsonl")
+    mimoq("submit", "in.jsonl")
+    objects = [json.loads(line) for line in mimoq("status", "--json")[1].splitlines()]
+    assert [told["state"] for told in objects] == ["running", "running"]
+    for told in objects:
+        assert [(gate["account"], gate["model"], gate["reason"], gate["status"]) for gate in told["gates"]] == [
+            (account, None, "key_refused", 401),
+            (account, "m1", "retry_after", 429),
+            (account, "m2", "outage", None),
+        ]
+        assert (told["gates"][1]["since"], told["gates"][1]["until"]) == (999_990.0, 1_000_037.2)
+    client.delete(keys.gate(account), keys.LIMITS)
+    assert "shut" not in mimoq("status")[1]
+    assert json.loads(mimoq("status", "--json")[1].splitlines()[0])["gates"] == []
+    client.close()
+
+
+def test_a_pause_is_shown_with_its_reason(mimoq: Mimoq, monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    monkeypatch.setenv("MIMOQ_REDIS_URL", store_url)
+    batch = mimoq("submit", "in.jsonl")[1].strip()
+    client: Any = connect(store_url)
+    client.hset(
+        keys.batch(batch), mapping={"state": "paused", "reason": "the first 20 jobs all failed alike: http_404"}
+    )
+    client.close()
+    (line,) = [line for line in mimoq("status", batch)[1].splitlines() if line.startswith(batch)]
+    assert line.startswith(f"{batch}  paused ")
+    assert line.endswith("  (the first 20 jobs all failed alike: http_404)")
+    told = json.loads(mimoq("status", batch, "--json")[1])
+    assert (told["state"], told["reason"]) == ("paused", "the first 20 jobs all failed alike: http_404")
 
 
 def test_submitting_bad_lines_submits_none(mimoq: Mimoq, monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:

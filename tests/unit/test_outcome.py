@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
+from jobs.settings import Settings
 from worker.answers import Answer, UpstreamError, read_answer, read_usage
 from worker.outcome import MAX_RETRY_AFTER_S, Outcome, ResponseHead, Usage
+from worker.upstream import Upstream
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 CHAT = "/v1/chat/completions"
@@ -26,22 +30,60 @@ def head(**headers: str) -> ResponseHead:
         ({}, None),
         ({"retry_after": "7"}, 7.0),
         ({"retry_after": " 1.5 "}, 1.5),
+        ({"retry_after": "0"}, 0.0),
         ({"retry_after": "-3"}, 0.0),
-        ({"retry_after": "86400"}, MAX_RETRY_AFTER_S),
+        ({"retry_after": "600"}, 600.0),
         ({"retry_after": "nan"}, None),
+        ({"retry_after": "inf"}, None),
         ({"retry_after": "soon"}, None),
         ({"retry_after": ""}, None),
+        ({"retry_after": "7, 9"}, None),
+        ({"retry_after": "Tue, 34 Nov 2023 22:13:50 GMT"}, None),
         ({"retry_after": "Tue, 14 Nov 2023 22:13:50 GMT"}, 30.0),
         ({"retry_after": "Tue, 14 Nov 2023 22:13:50 -0000"}, 30.0),
         ({"retry_after": "Tue, 14 Nov 2023 22:13:00 GMT"}, 0.0),
-        ({"retry_after": "Tue, 14 Nov 2033 22:13:00 GMT"}, MAX_RETRY_AFTER_S),
+        ({"retry_after": "Tuesday, 14-Nov-23 22:13:50 GMT"}, 30.0),
+        ({"retry_after": "Tue Nov 14 22:13:50 2023"}, 30.0),
+        ({"retry_after": "Sun Nov  5 22:13:50 2023"}, 0.0),
         ({"retry_after_ms": "250"}, 0.25),
         ({"retry_after_ms": "250", "retry_after": "9"}, 0.25),
         ({"retry_after_ms": "?", "retry_after": "9"}, 9.0),
+        ({"retry_after_ms": "-1"}, 0.0),
+        ({"retry_after_ms": "0.5"}, 0.0005),
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
-    assert head(**headers).retry_after_s == seconds
+    read = head(**headers)
+    assert (read.retry_after_s, read.retry_after_asked_s) == (seconds, None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked"),
+    [
+        ({"retry_after": "600.5"}, 600.5),
+        ({"retry_after": "86400"}, 86_400.0),
+        ({"retry_after": "Tue, 14 Nov 2023 22:33:20 GMT"}, 1200.0),
+        ({"retry_after": "Tuesday, 14-Nov-23 22:33:20 GMT"}, 1200.0),
+        ({"retry_after": "Tue Nov 14 22:33:20 2023"}, 1200.0),
+        ({"retry_after_ms": "900000", "retry_after": "9"}, 900.0),
+    ],
+)
+def test_a_retry_after_over_ten_minutes_is_capped_and_told(headers: dict[str, str], asked: float) -> None:
+    read = head(**headers)
+    assert (read.retry_after_s, read.retry_after_asked_s) == (MAX_RETRY_AFTER_S, asked)
+
+
+def test_an_outcome_has_the_retry_after_of_its_head() -> None:
+    def call(seconds: str) -> Outcome:
+        response = httpx.Response(429, headers={"retry-after": seconds})
+        upstream = Upstream(
+            Settings(_env_file=None, base_url="https://host"), httpx.MockTransport(lambda _: response), lambda: NOW
+        )
+        return asyncio.run(upstream.call(CHAT, b"{}"))
+
+    for seconds, kept, asked in (("5", 5.0, None), ("3600", MAX_RETRY_AFTER_S, 3600.0)):
+        outcome = call(seconds)
+        assert (outcome.retry_after_s, outcome.retry_after_asked_s) == (kept, asked)
 
 
 def test_request_id() -> None:

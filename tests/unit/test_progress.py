@@ -5,17 +5,27 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import logs
+from jobs import identity, keys, leases, logs
+from jobs.errors import KeyRefused
+from jobs.leases import Job
 from jobs.results import Usage
 from jobs.settings import Settings
 from jobs.states import BatchState
-from jobs.store import BatchStatus
+from jobs.store import BatchStatus, NewBatch
 from producers import progress
+from producers.connection import Connection
+from producers.interrupts import Interrupts
 from producers.progress import Lines, Live, Quiet, Rates, View, display
+from producers.rows import Rows
+from producers.watch import Watch
+from producers.workers import Workers
+from tests.integration.store_model import ALIKE, ending, live_worker, requests, run
 
 
 def status(succeeded: int = 0, failed: int = 0, total: int = 1000) -> BatchStatus:
@@ -110,7 +120,7 @@ def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TERM", "xterm")
     shown = display(quiet=False, settings=Settings())
     assert isinstance(shown, Live)
-    shown.show(view(succeeded=1000 - 2, failed=2))
+    shown.show(view("gate: retry_after, next call in 37 s", succeeded=1000 - 2, failed=2))
     shown.close()
     text = stderr.getvalue()
     for part in (
@@ -120,7 +130,7 @@ def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None
         "12.3 jobs/s",
         "5,679 tokens/min",
         "1:02:05 left",
-        "held back by window",
+        "held back: gate: retry_after, next call in 37 s",
     ):
         assert part in text
 
@@ -145,3 +155,152 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     shown.show(view())
     shown.close()
     assert capsys.readouterr() == ("", "")
+
+
+# -- what a watch shows and sees
+
+
+class Shown:
+    """A display that keeps the looks and does something at each of them, until there is nothing left to do."""
+
+    def __init__(self, *acts: Callable[[], object]) -> None:
+        self.views: list[View] = []
+        self._acts = list(acts)
+
+    def show(self, view: View) -> None:
+        self.views.append(view)
+        if self._acts:
+            self._acts.pop(0)()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def connection(store_url: str) -> Iterator[Connection]:
+    found = Connection(Settings(redis_url=store_url, api_key="sk-not-for-your-eyes"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def watching(connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Watch]]:
+    """Makes the watch of a batch whose workers are somebody else's."""
+    monkeypatch.setattr("producers.watch.TICK_S", 0.02)
+    monkeypatch.setattr("producers.watch.LISTEN_S", 0.02)
+    rows = Rows(tmp_path / "out", tmp_path / "errors", "i")
+    rows.open(overwrite=False, fresh=False)
+    live_worker(connection.client, label=identity.label(connection.settings))
+
+    def make(batch_id: str, opened_at: float = 0.0) -> Watch:
+        return Watch(connection, batch_id, rows, Workers(), None, Interrupts(), opened_at)
+
+    yield make
+    rows.close()
+
+
+def test_a_gate_holds_a_run_back_by_the_servers_clock(
+    connection: Connection, watching: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producers.watch.server_time", lambda client: 1000.0)
+    client, account = connection.client, identity.account_of(connection.settings)
+    batch_id, *_ = connection.store.submit(requests(1), NewBatch())
+    model: dict[str, Any] = {"gate_reason": "retry_after", "gate_status": 429, "gate_since": 990, "gate_until": 1037.2}
+    own: dict[str, Any] = {"reason": "payment_required", "status": 402, "since": 1, "until": 0, "refused_at": 9}
+
+    def shut_model() -> None:
+        client.hset(keys.limit(account, "m"), mapping=model)
+        client.zadd(keys.LIMITS, {f"{account}:m": 1})
+
+    shown = Shown(
+        shut_model,
+        lambda: client.hset(keys.gate(account), mapping=own),
+        lambda: client.delete(keys.gate(account), keys.LIMITS),
+        lambda: connection.store.cancel(batch_id),
+    )
+    assert watching(batch_id, opened_at=9.0).watch(shown)
+    assert [view.held_back for view in shown.views[:4]] == [
+        "",
+        "gate: retry_after, next call in 37 s",
+        "gate: payment_required, next call in 0 s",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("status", "reason"), [(401, "key_refused"), (403, "forbidden")])
+def test_a_key_is_refused_when_this_runs_calls_are(
+    connection: Connection, watching: Callable[..., Watch], status: int, reason: str
+) -> None:
+    client, account = connection.client, identity.account_of(connection.settings)
+    batch_id, *_ = connection.store.submit(requests(1), NewBatch())
+    stale = {"reason": reason, "status": status, "since": 1, "until": 0, "step_s": 1, "refused_at": 1000.25}
+    client.hset(keys.gate(account), mapping=stale)
+    shown = Shown(lambda: None, lambda: None, lambda: client.hset(keys.gate(account), "refused_at", "1000.500000"))
+    with pytest.raises(KeyRefused, match=str(status)):
+        watching(batch_id, opened_at=1000.25).watch(shown)
+    assert len(shown.views) == 3
+
+
+def test_an_account_without_funds_is_told_and_waited_for(
+    connection: Connection, watching: Callable[..., Watch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, account = connection.client, identity.account_of(connection.settings)
+    batch_id, *_ = connection.store.submit(requests(1), NewBatch())
+    shut = {"reason": "payment_required", "status": 402, "since": 1, "until": 0, "step_s": 1, "refused_at": 1000.25}
+    client.hset(keys.gate(account), mapping=shut)
+
+    def nothing_said() -> None:
+        assert "402" not in capsys.readouterr().err
+
+    shown = Shown(
+        lambda: None,
+        nothing_said,
+        lambda: client.hset(keys.gate(account), "refused_at", "1000.500000"),
+        lambda: None,
+        lambda: connection.store.cancel(batch_id),
+    )
+    assert watching(batch_id, opened_at=1000.25).watch(shown)
+    assert capsys.readouterr().err.count("the upstream has shut the account (payment_required, 402)") == 1
+
+
+def test_a_batch_that_pauses_by_itself_ends_the_watch_once_nothing_is_in_flight(
+    connection: Connection, watching: Callable[..., Watch], store_url: str, tmp_path: Path
+) -> None:
+    batch_id, *_ = connection.store.submit(requests(100), NewBatch())
+
+    async def work(client: Any) -> list[Job]:
+        return await leases.claim(client, "w", "bulk", [""], ALIKE + 1)
+
+    jobs: list[Job] = run(work, store_url)
+
+    def fail(failed: list[Job]) -> None:
+        ends = [ending(job, "f") for job in failed]
+        run(lambda client: leases.finish(client, batch_id, ends), store_url)
+
+    watch = watching(batch_id)
+    # The pause of somebody else is waited out, as before.
+    shown = Shown(
+        lambda: connection.store.pause(batch_id),
+        lambda: connection.store.resume(batch_id),
+        lambda: fail(jobs[:-1]),
+        lambda: None,
+        lambda: fail(jobs[-1:]),
+    )
+    assert not watch.watch(shown)
+    why = "the first 20 jobs all failed alike: bad_request"
+    assert (watch.paused, watch.status.state, watch.status.running) == (why, BatchState.PAUSED, 0)
+    assert shown.views[-1].held_back == why
+    assert len((tmp_path / "errors").read_bytes().splitlines()) == ALIKE + 1
+
+
+def test_the_watch_of_a_paused_batch_does_not_wait_for_ever(
+    connection: Connection, watching: Callable[..., Watch], store_url: str
+) -> None:
+    """What is in flight is perhaps held by a worker that is dead."""
+    connection.settings = connection.settings.model_copy(update={"drain_s": 0.0})
+    batch_id, *_ = connection.store.submit(requests(100), NewBatch())
+    run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url)
+    connection.client.hset(keys.batch(batch_id), mapping={"state": "paused", "reason": "because"})
+    watch = watching(batch_id)
+    assert not watch.watch(Shown())
+    assert (watch.paused, watch.status.running) == ("because", 1)

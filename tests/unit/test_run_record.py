@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from jobs.leases import Job
@@ -11,8 +12,8 @@ from jobs.requests import CHAT, Request
 from jobs.results import Usage, decode_result
 from worker.answers import read_answer
 from worker.outcome import Outcome
-from worker.run import MESSAGE_CHARS, Run
-from worker.verdict import Kind, classify
+from worker.run import MESSAGE_CHARS, MOST_RECORDS, Run, calls_of
+from worker.verdict import Kind, Verdict, classify
 
 ANSWER = (
     b'{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}'
@@ -108,6 +109,14 @@ def test_failure_keeps_the_body(status: int, body: bytes, message: str, kept: ob
         assert json.loads(bytes(error.body)) == kept
 
 
+def test_an_answer_that_broke_off_says_so() -> None:
+    run, outcome = run_of(), Outcome(started_at=0.0, status=200, error="idle_timeout", body=b'{"choices":[]}')
+    about = decode_result(run.end(outcome, classify(outcome, CHAT), False).payload).mimoq
+    assert about is not None
+    assert about.error is not None
+    assert (about.error.message, about.error.status) == ("no whole answer: idle_timeout", 200)
+
+
 def test_failure_without_a_response() -> None:
     run, outcome = run_of(), Outcome(started_at=0.0, error="connect_error")
     verdict = classify(outcome, CHAT)
@@ -117,6 +126,91 @@ def test_failure_without_a_response() -> None:
     assert about.error is not None
     assert (about.error.message, about.error.status) == ("no answer: connect_error", None)
     assert bytes(about.error.body) == b"null"
+
+
+# -- refusals, and records of jobs that wait for hours
+
+
+def attempt(status: int, usage: Usage | None = None, maybe_billed: bool = False) -> tuple[Outcome, Verdict]:
+    outcome = Outcome(started_at=1.0, status=status, usage=usage)
+    return outcome, msgspec.structs.replace(classify(outcome, CHAT), maybe_billed=maybe_billed)
+
+
+def tried(*statuses: int) -> Run:
+    run = run_of()
+    for status in statuses:
+        run.add(*attempt(status), "acct", 0.0)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("statuses", "refusals"),
+    [((), 0), ((500,), 0), ((429,), 1), ((429, 429, 500), 0), ((429, 500, 429, 429), 2), ((429, 401), 0)],
+)
+def test_refusals_in_a_row(statuses: tuple[int, ...], refusals: int) -> None:
+    run = tried(*statuses)
+    assert run.refusals == refusals
+    assert run_of(attempts=run.attempts_json()).refusals == refusals
+
+
+def test_refusals_for_hours_are_folded_and_still_counted() -> None:
+    run = tried(503, 402, *[429] * 250)
+    assert len(run.attempts) == MOST_RECORDS
+    assert [(a.verdict, a.times) for a in run.attempts[:4]] == [
+        ("http_503", 1), ("payment_required", 1), ("rate_limited", 153), ("rate_limited", 1),
+    ]  # fmt: skip
+    assert (run.refusals, run.counted, calls_of(run.attempts)) == (250, 1, 252)
+    # As much after a way back, and with the end.
+    again = run_of(attempts=run.attempts_json())
+    again.add(*attempt(429), "acct", 0.0)
+    assert (len(again.attempts), again.refusals, again.counted) == (MOST_RECORDS, 251, 1)
+    outcome = outcome_of(200, ANSWER)
+    verdict = classify(outcome, CHAT)
+    again.add(outcome, verdict, "acct", 0.0)
+    assert again.end(outcome, verdict, True).calls == 254
+    assert again.refusals == 0
+
+
+def test_a_folded_record_has_the_firsts_figures_and_the_usage_of_all() -> None:
+    run = run_of()
+    for at in range(MOST_RECORDS + 3):
+        outcome, verdict = attempt(429, Usage(1, 2, 0, 0, 3) if at in (1, 2) else None, at == 2)
+        outcome.started_at = float(at)
+        run.add(outcome, verdict, f"a{at}", at / 4)
+    first, second, *_ = json.loads(run.attempts_json())
+    assert first == {
+        "at": 0.0, "latency_s": 0.0, "verdict": "rate_limited", "account": "a0", "status": 429, "times": 4,
+        "usage": {"prompt_tokens": 2, "completion_tokens": 4, "reasoning_tokens": 0, "cached_tokens": 0,
+                  "total_tokens": 6},
+        "wait_s": 0.0, "maybe_billed": True, "counted": False,
+    }  # fmt: skip
+    assert (second["account"], second["wait_s"]) == ("a4", 1.0)
+    assert "times" not in second
+    assert run.end(outcome, verdict, False).usage == Usage(2, 4, 0, 0, 6)
+
+
+def test_only_what_is_alike_and_does_not_count_is_folded() -> None:
+    run = tried(500, 500, 429, 402, 402, *[500] * 96)
+    assert [(a.verdict, a.times) for a in run.attempts[:5]] == [
+        ("http_500", 1), ("http_500", 1), ("rate_limited", 1), ("payment_required", 2), ("http_500", 1),
+    ]  # fmt: skip
+    run = tried(*[500] * (MOST_RECORDS + 5))
+    assert len(run.attempts) == MOST_RECORDS + 5
+    run.add(*attempt(429), "acct", 0.0)
+    run.add(*attempt(402), "acct", 0.0)
+    assert (len(run.attempts), calls_of(run.attempts)) == (MOST_RECORDS + 7, MOST_RECORDS + 7)
+
+
+def test_refusals_that_take_turns_with_others_are_folded_too() -> None:
+    run = tried(*[429, 402, 503, 401] * 4, *[429, 402, 401] * 300, 429, 429)
+    assert len(run.attempts) == MOST_RECORDS
+    assert (calls_of(run.attempts), run.counted, run.refusals) == (16 + 900 + 2, 4, 2)
+    run = tried(429, *[500] * MOST_RECORDS, 429)
+    assert run.refusals == 1
+    run.add(*attempt(429), "acct", 0.0)
+    assert (run.refusals, len(run.attempts)) == (2, MOST_RECORDS + 2)
+    run.add(*attempt(402), "acct", 0.0)
+    assert (run.attempts[0].times, run.refusals, len(run.attempts)) == (3, 0, MOST_RECORDS + 2)
 
 
 def test_a_run_shows_nothing_of_its_request() -> None:

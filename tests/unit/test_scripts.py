@@ -12,11 +12,13 @@ from redis.exceptions import NoScriptError
 
 from jobs.scripts import INCLUDE, Script, source
 
+#: No scripts of their own.
+INCLUDED = {"common.lua", "limits.lua", "adapt.lua"}
 NAMES = [
     (package, path.name.removesuffix(".lua"))
     for package in ("jobs", "worker")
     for path in resources.files(package).joinpath("lua").iterdir()
-    if path.name.endswith(".lua") and path.name != "common.lua"
+    if path.name.endswith(".lua") and path.name not in INCLUDED
 ]
 #: They store what was paid for, or free room; all others are refused when Redis is out of memory.
 ALWAYS = {"finish", "give_back", "renew", "reap", "sweep", "settle"}

@@ -385,6 +385,8 @@ def test_status_faults_come_in_the_providers_error_shape_and_cost_nothing(stream
             assert reply.json == {"error": error}
             assert reply.headers["Retry-After"] == ("2" if reply.status in (429, 503, 529) else None)
         assert ask(sim, CHAT, chat(stream=stream)).status == 200
+        told = {call["fault"] for call in sim.ledger()["calls"] if call["retry_after"] == 2.0}
+        assert told == {"429", "503", "529"}
         totals = sim.totals()
         assert totals["by_fault"] == dict.fromkeys(STATUS_FAULTS, 1)
         assert (totals["paid"], totals["calls"], totals["answered"]) == (1, len(STATUS_FAULTS) + 1, 1)
@@ -568,6 +570,7 @@ def test_a_client_that_leaves_is_billed() -> None:
         sim.wait_until(lambda t: t.calls == 1)
         (call,) = sim.ledger()["calls"]
         assert (call["paid"], call["delivered"], call["status"]) == (True, False, 0)
+        assert call["end"] >= call["at"] > 0
         assert sim.totals()["answered"] == 0
 
 

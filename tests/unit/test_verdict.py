@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from typing import Any
 
+import httpx
 import pytest
 
+from jobs.leases import Job
+from jobs.requests import CHAT, MESSAGES, Request
+from jobs.results import StoredResult, Usage, decode_result
+from jobs.settings import load_settings
 from worker.answers import read_answer
 from worker.outcome import Outcome
-from worker.verdict import TABLE, Kind, Policy, Verdict, backoff, classify
-
-CHAT = "/v1/chat/completions"
-MESSAGES = "/v1/messages"
+from worker.run import Run
+from worker.upstream import Upstream
+from worker.verdict import DEFAULT, TABLE, Kind, Policy, Verdict, backoff, classify
 
 
 def outcome(status: int | None, body: object = None, error: str | None = None, sent: bool = True) -> Outcome:
@@ -100,11 +105,13 @@ def test_answers(endpoint: str, body: dict[str, Any], verdict: Verdict) -> None:
     [
         b"", b"<html>ok</html>", b'{"id":"c","choices":[{"message":{"content":"cut', b"null", b"[]", b'{"choices":[]}',
         b'{"choices":[{"message":null}]}', b'{"choices":[{"message":{"content":"\xff"}}]}',
+        b'{"id":"m","type":"message","content":[{"type":"text","text":"cut', b'{"content":null}', b'{"content":"hi"}',
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("endpoint", [CHAT, MESSAGES])
 @pytest.mark.parametrize("status", [200, 202])
-def test_no_answer_at_all(status: int, body: bytes) -> None:
-    assert classify(outcome(status, body), CHAT) == Verdict(Kind.RETRY, "invalid_response", True)
+def test_no_answer_at_all(status: int, endpoint: str, body: bytes) -> None:
+    assert classify(outcome(status, body), endpoint) == Verdict(Kind.RETRY, "invalid_response", True)
 
 
 def test_no_content() -> None:
@@ -182,15 +189,194 @@ def test_an_answer_without_end_is_not_bought_again() -> None:
     assert classify(outcome(200, error="too_large"), CHAT) == Verdict(Kind.FAILED, "too_large", True)
 
 
-def test_policy() -> None:
-    lenient = Policy(extra_retryable=frozenset({404, 403, 429}), bad_answers=frozenset())
-    assert classify(outcome(404), CHAT, lenient) == Verdict(Kind.RETRY, "http_404")
-    assert classify(outcome(403), CHAT, lenient) == Verdict(Kind.RETRY, "http_403")
-    assert classify(outcome(429), CHAT, lenient).kind is Kind.REFUSED
-    for body in (*EMPTY_CHATS, *DEGENERATE_CHATS):
-        assert classify(outcome(200, body), CHAT, lenient).kind is Kind.SUCCEEDED
-    strict = Policy(degenerate_finish=frozenset({"length"}))
-    assert classify(outcome(200, GOOD_CHATS[1]), CHAT, strict).code == "degenerate_answer"
+# -- what settings choose
+
+
+def policy(**overrides: str) -> Policy:
+    return Policy.of(load_settings(**overrides))
+
+
+def test_the_settings_defaults_are_the_policys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert policy() == Policy() == DEFAULT
+    monkeypatch.setenv("MIMOQ_RETRY_STATUSES", "418")
+    assert policy() == Policy(extra_retryable=frozenset({418}))
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, MESSAGES])
+def test_retry_statuses(endpoint: str) -> None:
+    chosen = policy(retry_statuses="404, 421,402,403,302,429,504")
+    for status in (404, 421, 402, 403, 302):
+        assert classify(outcome(status, {"error": {}}), endpoint, chosen) == Verdict(Kind.RETRY, f"http_{status}")
+        assert classify(outcome(status), endpoint).kind is not Kind.RETRY
+    # Inside a 2xx answer it is the same, but for the bill.
+    inside = outcome(200, {"error": {"type": "billing_error", "message": "slow down"}})
+    assert classify(inside, endpoint, chosen) == Verdict(Kind.RETRY, "http_402", True)
+    # What they do not touch.
+    assert classify(outcome(429), endpoint, chosen) == Verdict(Kind.REFUSED, "rate_limited")
+    assert classify(outcome(504), endpoint, chosen) == Verdict(Kind.RETRY, "http_504", True)
+    assert classify(outcome(401), endpoint, chosen).kind is Kind.GATE
+    assert classify(outcome(413), endpoint, chosen).kind is Kind.FAILED
+
+
+def test_a_good_answer_is_none_to_retry() -> None:
+    assert classify(outcome(200, GOOD_CHATS[0]), CHAT, policy(retry_statuses="200")).kind is Kind.SUCCEEDED
+
+
+REPEATED = [(CHAT, DEGENERATE_CHATS[0]), (MESSAGES, message(TEXT, stop="repetition_truncation"))]
+THOUGHT = [(CHAT, EMPTY_CHATS[0]), (MESSAGES, EMPTY_MESSAGES[1])]
+BOTH = [(CHAT, DEGENERATE_CHATS[2]), (MESSAGES, message(THINKING, stop="repetition_truncation"))]
+
+
+@pytest.mark.parametrize(
+    ("bad", "repeated", "thought", "both"),
+    [
+        ("none", "succeeded", "succeeded", "succeeded"),
+        ("empty_answer", "succeeded", "empty_answer", "empty_answer"),
+        ("degenerate_answer", "degenerate_answer", "succeeded", "degenerate_answer"),
+        ("empty_answer,degenerate_answer", "degenerate_answer", "empty_answer", "degenerate_answer"),
+    ],
+)
+def test_bad_answers(bad: str, repeated: str, thought: str, both: str) -> None:
+    chosen = policy(bad_answers=bad)
+    for answers, code in ((REPEATED, repeated), (THOUGHT, thought), (BOTH, both)):
+        for endpoint, body in answers:
+            verdict = classify(outcome(200, body), endpoint, chosen)
+            assert verdict.code == code
+            assert verdict.maybe_billed is (verdict.kind is Kind.RETRY)
+
+
+def test_degenerate_finish_reasons() -> None:
+    cut = [(CHAT, GOOD_CHATS[1]), (MESSAGES, message(TEXT, stop="max_tokens"))]
+    chosen = policy(degenerate_finish_reasons="length,max_tokens")
+    for endpoint, body in cut:
+        assert classify(outcome(200, body), endpoint, chosen) == Verdict(Kind.RETRY, "degenerate_answer", True)
+        assert classify(outcome(200, body), endpoint).kind is Kind.SUCCEEDED
+    for endpoint, body in REPEATED:
+        assert classify(outcome(200, body), endpoint, chosen).kind is Kind.SUCCEEDED
+        assert classify(outcome(200, body), endpoint, policy(degenerate_finish_reasons="none")).kind is Kind.SUCCEEDED
+
+
+# -- bad answers from the wire to the stored record
+
+TOLD = {
+    CHAT: {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+    MESSAGES: {"input_tokens": 3, "output_tokens": 4},
+}
+USAGE = Usage(3, 4, 0, 0, 7)
+CHUNKS: dict[str, dict[str, list[object]]] = {
+    CHAT: {
+        "thinking": [{"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}],
+        "text": [{"id": "r", "choices": [{"index": 0, "delta": {"content": "la"}}]}],
+        "told": [{"choices": [], "usage": TOLD[CHAT]}],
+        "stopped": [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}],
+        "repeated": [{"choices": [{"index": 0, "delta": {}, "finish_reason": "repetition_truncation"}]}],
+    },
+    MESSAGES: {
+        "thinking": [
+            {"type": "message_start", "message": {"id": "r", "type": "message", "content": []}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "hm"}},
+        ],
+        "text": [
+            {"type": "message_start", "message": {"id": "r", "type": "message", "content": []}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "la"}},
+        ],
+        "told": [{"type": "message_delta", "delta": {}, "usage": TOLD[MESSAGES]}],
+        "stopped": [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}}],
+        "repeated": [{"type": "message_delta", "delta": {"stop_reason": "repetition_truncation"}}],
+    },
+}
+ERROR: list[object] = [{"type": "error", "error": {"type": "api_error", "code": "500", "message": "broke"}}]
+
+
+def stream(endpoint: str, *names: str) -> bytes:
+    chunks = {**CHUNKS[endpoint], "error": ERROR}
+    return b"".join(b"data: %s\n\n" % json.dumps(event).encode() for name in names for event in chunks[name])
+
+
+def ended(endpoint: str, body: bytes, kind: str, chosen: Policy = DEFAULT) -> tuple[Verdict, StoredResult, Run]:
+    """The last attempt of a job whose calls are all answered so, as it is stored."""
+    response = httpx.Response(200, content=body, headers={"content-type": kind})
+    upstream = Upstream(load_settings(base_url="https://host"), httpx.MockTransport(lambda _: response))
+    seen = asyncio.run(upstream.call(endpoint, b'{"stream":true}'))
+    verdict = classify(seen, endpoint, chosen)
+    run = Run.of(Job("b", 0, "t", Request(endpoint, b"{}", None), b"", 0, None, 60), "m")
+    for _ in range(2):
+        run.add(seen, verdict, "acct", 0.0)
+    return verdict, decode_result(run.end(seen, verdict, compress=False).payload), run
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, MESSAGES])
+@pytest.mark.parametrize(
+    ("events", "code", "used", "kept"),
+    [
+        (("thinking", "told", "stopped"), "empty_answer", True, b"hm"),
+        (("text", "told", "repeated"), "degenerate_answer", True, b"la"),
+        (("thinking", "told", "repeated"), "degenerate_answer", True, b"hm"),
+        (("text", "told"), "stream_cut", True, b"la"),
+        (("text",), "stream_cut", False, b"la"),
+        ((), "stream_cut", False, b"{"),
+        (("text", "error"), "http_500", False, b"broke"),
+        (("text", "told", "error"), "http_500", True, b"broke"),
+        (("error",), "http_500", False, b"broke"),
+    ],
+)
+def test_a_bad_stream(endpoint: str, events: tuple[str, ...], code: str, used: bool, kept: bytes) -> None:
+    verdict, stored, run = ended(endpoint, stream(endpoint, *events), "text/event-stream")
+    assert verdict == Verdict(Kind.RETRY, code, True)
+    assert stored.mimoq is not None
+    assert stored.mimoq.error is not None
+    assert stored.mimoq.error.code == code
+    assert kept in bytes(stored.mimoq.error.body)
+    assert stored.mimoq.usage == (USAGE + USAGE if used else Usage())
+    assert [(attempt.verdict, attempt.maybe_billed, attempt.counted) for attempt in run.attempts] == [
+        (code, True, True)
+    ] * 2
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, MESSAGES])
+def test_a_stream_of_nonsense(endpoint: str) -> None:
+    verdict, stored, _ = ended(
+        endpoint, stream(endpoint, "text", "told") + b"data: <html>\n\ndata: 1\n\n", "text/event-stream"
+    )
+    assert verdict == Verdict(Kind.RETRY, "invalid_response", True)
+    assert stored.mimoq is not None
+    assert stored.mimoq.usage == USAGE + USAGE
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "code"),
+    [
+        (CHAT, {**EMPTY_CHATS[0], "usage": TOLD[CHAT]}, "empty_answer"),
+        (CHAT, {**DEGENERATE_CHATS[0], "usage": TOLD[CHAT]}, "degenerate_answer"),
+        (CHAT, {"choices": [], "usage": TOLD[CHAT]}, "invalid_response"),
+        (CHAT, {"error": {"message": "x"}, "usage": TOLD[CHAT]}, "upstream_error"),
+        (MESSAGES, {**message(THINKING), "usage": TOLD[MESSAGES]}, "empty_answer"),
+        (MESSAGES, {**message(TEXT, stop="repetition_truncation"), "usage": TOLD[MESSAGES]}, "degenerate_answer"),
+        (MESSAGES, {"content": None, "usage": TOLD[MESSAGES]}, "invalid_response"),
+        (MESSAGES, {"error": {"message": "x"}, "usage": TOLD[MESSAGES]}, "upstream_error"),
+    ],
+)
+def test_a_bad_answer_in_one_piece(endpoint: str, body: dict[str, Any], code: str) -> None:
+    raw = json.dumps(body).encode()
+    verdict, stored, run = ended(endpoint, raw, "application/json")
+    assert verdict == Verdict(Kind.RETRY, code, True)
+    assert stored.mimoq is not None
+    assert stored.mimoq.error is not None
+    assert bytes(stored.mimoq.error.body) == raw
+    assert stored.mimoq.usage == USAGE + USAGE
+    assert all(attempt.usage == USAGE and attempt.maybe_billed for attempt in run.attempts)
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, MESSAGES])
+def test_truncated_json_is_kept_as_text(endpoint: str) -> None:
+    whole = json.dumps(GOOD_CHATS[0] if endpoint == CHAT else GOOD_MESSAGES[0])
+    verdict, stored, _ = ended(endpoint, whole[:-9].encode(), "application/json")
+    assert verdict == Verdict(Kind.RETRY, "invalid_response", True)
+    assert stored.mimoq is not None
+    assert stored.mimoq.error is not None
+    assert json.loads(bytes(stored.mimoq.error.body)) == whole[:-9]
 
 
 def test_every_row_of_the_table_is_met_above() -> None:

@@ -1,92 +1,171 @@
 -- Reserves upstream calls on one (account, model), for a block of jobs in one round trip.
 --
--- KEYS[1] limit record (hash): r, t = levels of the request and token buckets, at = time of the last refill,
---         window = calls in flight we dare, thresh = where its doubling ends, until = no call before, why = the reason
--- KEYS[2] reservations in flight (zset: id -> time at which it counts as lost with its worker)
--- KEYS[3] gate of the account (hash: reason, status, since, until, step_s); absent while it is open
+-- KEYS[1..5] see limits.lua    KEYS[6] models with a record (zset: '<account>:<model>' -> time of last use)
 -- ARGV[1] requests a minute, '' for no limit     ARGV[2] tokens a minute, ''     ARGV[3] calls in flight, ''
--- ARGV[4] first window    ARGV[5] seconds a reservation lives unless renewed    ARGV[6] prefix of reservation ids
--- ARGV[7..] token estimate of each candidate
+-- ARGV[4] share of the rates that is interactive jobs'    ARGV[5] seconds a reservation lives unless renewed
+-- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
+-- ARGV[8] this record's member of KEYS[6]
+-- ARGV[9..] token estimate of each candidate
 --
--- Returns {delays in ms of the granted candidates, in order, ms after which to ask again, what bound: '' or one of
--- requests, tokens, concurrency, window, gate, retry_after; detail}. Reservation ids are prefix .. '.' .. position.
+-- Returns {delays in ms of the granted candidates, in order, ms after which to ask again, what bound ('' if nothing:
+-- requests, tokens, concurrency, window, interactive, share, or a gate's reason), 'account' or 'model' where a gate is
+-- shut, else '', 1 if the call is a probe of one, the time in ms}. Ids are prefix .. '.' .. position.
 --
--- Clock: this server's. A bucket refills at (limit - burst - 1) a minute with burst = 1% of the limit, so that no sliding
--- minute holds more than the limit, whatever the phase; small limits keep at least 0.9 of what is exact. The token bucket
--- may owe. Each candidate is granted whole or not at all, at most 100 ms ahead.
+-- Rates: buckets that hold 1% of the limit spread the calls (that of requests refills at 98.5% of it); the log of the last minute, in
+-- quarters of a second, sees to it that no sliding minute ever holds more than the limit, whatever is given back when and
+-- however late within half a second a call starts. The token bucket may owe. A request larger than the token burst saves
+-- up for itself while others wait; one larger than a minute's budget goes alone. Each candidate is granted whole or not at
+-- all, at most 100 ms ahead.
+--
+-- Lanes: while interactive jobs wait for a rate and their share is not used up, bulk is refused; beyond their share they are
+-- refused while bulk waits. Of the concurrency at least one call and 5% are never bulk's.
+
+--!include adapt.lua
+--!include limits.lua
 
 local AHEAD = 0.1
-local t = redis.call('TIME')
-local now = tonumber(t[1]) + tonumber(t[2]) / 1000000
+local CANDIDATES = 9
+local WAITS_S = 0.25
 
-local gate = redis.call('HMGET', KEYS[3], 'until', 'step_s', 'reason')
-local candidates = #ARGV - 6
-if gate[1] then
-  local until_ = tonumber(gate[1])
-  if now < until_ then return {{}, math.ceil((until_ - now) * 1000), 'gate', gate[3]} end
-  candidates = math.min(candidates, 1)
+local now, rec, before, account, account_before = begin(tonumber(ARGV[5]))
+local interactive = string.sub(ARGV[6], 1, 1) == 'i'
+local candidates = #ARGV - CANDIDATES + 1
+local delays, ask, bound, shut_by, probe = {}, 0, '', '', 0
+
+local function done()
+  rec.at = now
+  save(KEYS[1], '', rec, before)
+  save(KEYS[5], 'gate_', account, account_before)
+  for _, key in ipairs({KEYS[1], KEYS[4]}) do redis.call('EXPIRE', key, 86400) end
+  redis.call('ZADD', KEYS[6], now, ARGV[8])
+  return {delays, math.max(0, math.ceil(ask * 1000)), bound, shut_by, probe, string.format('%.0f', now * 1000)}
 end
 
-local record = redis.call('HMGET', KEYS[1], 'r', 't', 'at', 'window', 'until', 'why')
-if record[5] and now < tonumber(record[5]) then
-  return {{}, math.ceil((tonumber(record[5]) - now) * 1000), record[6], ''}
+rec.window = rec.window or FIRST_WINDOW
+if rec.gate_reason == 'retry_after' and now >= rec.gate_until then
+  open(rec, now, redis.call('ZCARD', KEYS[2]) + redis.call('ZCARD', KEYS[3]))
+end
+for _, gated in ipairs({{account, 'account'}, {rec, 'model'}}) do
+  if gated[1].gate_reason then
+    bound, shut_by = gated[1].gate_reason, gated[2]
+    if now < gated[1].gate_until then
+      ask = gated[1].gate_until - now
+      return done()
+    end
+    candidates, probe = math.min(candidates, 1), 1
+  end
+end
+if rec.hold_until and now < rec.hold_until then
+  ask, bound = rec.hold_until - now, 'requests'
+  return done()
+end
+climb(rec, now)
+
+-- A limit a minute that is the least of those given, told and learned; nil for none.
+local function least(given, told, learned)
+  local limit = math.min(tonumber(given) or math.huge, told or math.huge, learned or math.huge)
+  return limit < math.huge and math.max(1, limit) or nil
 end
 
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.6f', now))
-local flying = redis.call('ZCARD', KEYS[2])
-local window = math.floor(tonumber(record[4] or ARGV[4]))
-local cap, capped = window, 'window'
-if ARGV[3] ~= '' and tonumber(ARGV[3]) < cap then cap, capped = tonumber(ARGV[3]), 'concurrency' end
-
--- Level and rate per second of a bucket, refilled to now.
-local function bucket(limit, level)
-  if limit == '' then return math.huge, math.huge end
-  limit = tonumber(limit)
+-- Level, refill a second and burst of a bucket, refilled to now.
+local function bucket(limit, level, rate, room)
+  if not limit then return math.huge, math.huge, math.huge end
   local burst = math.max(1, limit * 0.01)
-  local rate = math.max(limit - burst - 1, 0.9 * (limit + 1 - burst)) / 60
-  if not level then return burst, rate end
+  rate = rate * limit / 60
   -- A debt is worked off within a minute, whatever usage an upstream reports.
-  level = math.max(tonumber(level), -limit)
-  return math.min(burst, level + rate * math.max(0, now - tonumber(record[3] or now))), rate
+  level = level and math.max(level, -limit) + rate * math.max(0, now - rec.at) or burst
+  return math.min(math.max(burst, room), level), rate, burst
 end
 
-local requests, request_rate = bucket(ARGV[1], record[1])
-local tokens, token_rate = bucket(ARGV[2], record[2])
-local token_burst = ARGV[2] == '' and math.huge or math.max(1, tonumber(ARGV[2]) * 0.01)
+local rpm, tpm = least(ARGV[1], rec.told_rpm, rec.rate and rec.rate * 60), least(ARGV[2], rec.told_tpm)
+if rec.big and now > rec.big_until then rec.big, rec.big_by, rec.big_since, rec.big_until = nil, nil, nil, nil end
+local requests, request_rate = bucket(rpm, rec.requests, 0.985, 0)
+local tokens, token_rate, token_burst = bucket(tpm, rec.tokens, 1, rec.big or 0)
 
-local delays, ask, bound = {}, 0, ''
+local SHARE = tonumber(ARGV[4])
+local share = math.min(SHARE, (rec.share or SHARE) + SHARE / 60 * math.max(0, now - (rec.at or now)))
+local function cost(need)
+  return math.max(rpm and 1 / rpm or 0, tpm and need / tpm or 0)
+end
+
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+local bulk_flying, flying = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
+local interactive_flying = flying
+flying = flying + bulk_flying
+local cap, capped = math.floor(rec.window), 'window'
+if (tonumber(ARGV[3]) or cap) < cap then cap, capped = tonumber(ARGV[3]), 'concurrency' end
+if probe == 1 then cap, capped = tonumber(ARGV[3]) or 1e9, 'concurrency' end
+local kept = math.max(1, math.floor(0.05 * cap))
+
+-- Seconds until something leaves the log, and never so few that a call is granted ahead of it.
+local function next_leaves()
+  return math.max((rec.first + 1) * BIN + KEPT - now, AHEAD + 0.01)
+end
+
+-- What keeps a candidate of so many tokens from going, how long it has to wait for it, and whether that is a rate.
+local function hindrance(need)
+  if flying >= cap or (not interactive and bulk_flying >= math.max(1, cap - kept)) then return capped, AHEAD + 0.1 end
+  local first = interactive and share >= cost(need)
+  if not interactive and (rec.want_i or 0) > now then return 'interactive', AHEAD + 0.05 end
+  if interactive and not first and (rec.want_b or 0) > now then return 'share', AHEAD + 0.1 end
+  local what, wait = '', 0
+  if rpm then
+    if requests < 1 then what, wait = 'requests', (1 - requests) / request_rate end
+    if (rec.sum_r or 0) + 1 > rpm and rec.first then
+      what, wait = 'requests', math.max(wait, next_leaves())
+    end
+  end
+  if tpm then
+    local enough = math.min(need, tpm)
+    -- The one that saves up goes before others; interactive ones only wait for it when it has waited for a minute.
+    local saved_up = rec.big and rec.big_by ~= ARGV[7]
+    if saved_up and not (first and now - rec.big_since < 60) then return 'tokens', AHEAD + 0.25 end
+    if tokens < enough and (enough - tokens) / token_rate > wait then
+      what, wait = 'tokens', (enough - tokens) / token_rate
+    end
+    if (rec.sum_t or 0) > 0 and rec.sum_t + enough > tpm and rec.first then
+      what, wait = 'tokens', math.max(wait, next_leaves())
+    end
+    if wait > AHEAD and enough > token_burst and not saved_up then
+      rec.big, rec.big_by, rec.big_since = enough, ARGV[7], rec.big_since or now
+      rec.big_until = now + math.min(wait, 1) + 1
+    end
+  end
+  return what, wait, what ~= ''
+end
+
+local ids, lost_at = {}, string.format('%.6f', now + tonumber(ARGV[5]))
 for i = 1, candidates do
-  if flying >= cap then
-    ask, bound = 100, capped
+  local need = tonumber(ARGV[CANDIDATES - 1 + i])
+  local what, wait, rated = hindrance(need)
+  if wait and wait > AHEAD then
+    ask, bound = wait - AHEAD, what
+    local until_ = now + math.min(ask, 1) + WAITS_S
+    if interactive then
+      if (rated and share >= cost(need)) or (what == capped and interactive_flying < kept) then
+        rec.want_i, rec.want_by = until_, ARGV[7]
+      end
+    elseif rated or what == 'interactive' then
+      rec.want_b = until_
+    end
     break
   end
-  local need = tonumber(ARGV[6 + i])
-  local wait = 0
-  if requests < 1 then wait, bound = (1 - requests) / request_rate, 'requests' end
-  -- A request larger than the burst goes when the bucket is full, and leaves it in debt.
-  local enough = math.min(need, token_burst)
-  if tokens < enough and (enough - tokens) / token_rate > wait then
-    wait, bound = (enough - tokens) / token_rate, 'tokens'
-  end
-  if wait > AHEAD then
-    ask = math.max(1, math.ceil((wait - AHEAD) * 1000))
-    break
-  end
-  bound = ''
-  requests = requests - 1
-  tokens = tokens - need
+  wait = wait or 0
+  requests, tokens, share = requests - 1, tokens - need, share - (interactive and cost(need) or 0)
   flying = flying + 1
-  delays[#delays + 1] = math.ceil(wait * 1000)
-  redis.call('ZADD', KEYS[2], string.format('%.6f', now + tonumber(ARGV[5])), ARGV[6] .. '.' .. i)
+  if interactive then interactive_flying = interactive_flying + 1 else bulk_flying = bulk_flying + 1 end
+  note(rec, now + wait, 1, need)
+  if rec.big_by == ARGV[7] then rec.big, rec.big_by, rec.big_since, rec.big_until = nil, nil, nil, nil end
+  delays[i] = math.ceil(wait * 1000)
+  ids[2 * i - 1], ids[2 * i] = lost_at, ARGV[6] .. '.' .. i
 end
+if #ids > 0 then redis.call('ZADD', interactive and KEYS[3] or KEYS[2], unpack(ids)) end
+if interactive and bound == '' and rec.want_by == ARGV[7] then rec.want_i, rec.want_by = nil, nil end
 
-if gate[1] and #delays > 0 then
-  -- The probe: one call goes; the next only after a step, which doubles.
-  redis.call('HSET', KEYS[3], 'until', string.format('%.6f', now + tonumber(gate[2])),
-    'step_s', math.min(tonumber(gate[2]) * 2, 60))
+if #delays > 0 and probe == 1 then
+  if account.gate_reason then probed(account, now) end
+  if rec.gate_reason then probed(rec, now) end
 end
-local level = {'at', string.format('%.6f', now)}
-if ARGV[1] ~= '' then level[#level + 1] = 'r'; level[#level + 1] = string.format('%.6f', requests) end
-if ARGV[2] ~= '' then level[#level + 1] = 't'; level[#level + 1] = string.format('%.6f', tokens) end
-if #level > 2 or not record[3] then redis.call('HSET', KEYS[1], unpack(level)) end
-return {delays, ask, bound, gate[3] or ''}
+rec.requests, rec.tokens, rec.share = rpm and requests or nil, tpm and tokens or nil, share
+return done()

@@ -1,63 +1,61 @@
 #!lua flags=allow-oom
--- Settles reservations of one (account, model): frees them, corrects the token bucket, adapts window and gates.
--- Idempotent by reservation id, always accepted.
+-- Settles reservations of one (account, model): frees them, corrects the token bucket by what was really used, and lets the
+-- outcomes teach window, rate and gates (adapt.lua). Idempotent by reservation id, always accepted.
 --
--- KEYS[1] limit record    KEYS[2] reservations in flight    KEYS[3] gate of the account    (see reserve.lua)
--- ARGV[1] first window
--- ARGV[2..] five values a reservation: id, what came of it, tokens to give back to the bucket (negative: to take), seconds
---   to wait where the upstream said so ('' if not), HTTP status or ''
---   what came of it: clean (an answer, good or bad), refused (429), key (401), forbidden (403), funds (402),
---   unused (never called), other
+-- KEYS[1..5] see limits.lua
+-- ARGV[1] 1 if a request rate is given, else 0    ARGV[2] seconds a reservation lives unless renewed
+-- ARGV[3] newest x-ratelimit-* headers, '' or: time in ms of their call, then limit, remaining and reset in seconds of requests,
+--   the same of tokens, joined by commas, each may be empty
+-- ARGV[4..] six values a reservation: id, what came of it, tokens to give back to the bucket (negative: to take), time in ms
+--   at which it was let through, Retry-After in seconds or '', HTTP status or ''
+--   what came of it: clean (an answer, good or bad), refused (429), failed, failed again (not the first failure of its job),
+--   unreachable (nobody to connect to), key_refused, forbidden, payment_required, unused (never called), gone (broken off)
 --
 -- Returns the number of reservations that were still in flight.
 
-local t = redis.call('TIME')
-local now = tonumber(t[1]) + tonumber(t[2]) / 1000000
-local REASONS = {key = 'key_refused', forbidden = 'forbidden', funds = 'payment_required'}
+--!include adapt.lua
+--!include limits.lua
+
+local now, rec, before, account, account_before = begin(tonumber(ARGV[2]))
+local flying = redis.call('ZCARD', KEYS[2]) + redis.call('ZCARD', KEYS[3])
 local settled = 0
-local record = redis.call('HMGET', KEYS[1], 'window', 'thresh', 'cut_at', 't', 'r')
-local window = tonumber(record[1] or ARGV[1])
-local thresh = tonumber(record[2] or math.huge)
-local cut_at = tonumber(record[3] or 0)
-local tokens, requests = tonumber(record[4] or 0), tonumber(record[5] or 0)
-local flying = redis.call('ZCARD', KEYS[2])
-for i = 2, #ARGV, 5 do
-  if redis.call('ZREM', KEYS[2], ARGV[i]) == 1 then
-    settled = settled + 1
-    local what = ARGV[i + 1]
-    tokens = tokens + tonumber(ARGV[i + 2])
-    if what == 'unused' then requests = requests + 1 end
-    if what == 'clean' then
-      redis.call('DEL', KEYS[3])
-      -- One more for each clean answer doubles the window in a round; past the threshold, one more in ten rounds. It
-      -- grows only while it is used.
-      if window <= 2 * flying then
-        if window < thresh then window = window + 1 else window = window + 0.1 / window end
-      end
-    elseif what == 'refused' then
-      if ARGV[i + 3] ~= '' then
-        local until_ = now + tonumber(ARGV[i + 3])
-        local before = redis.call('HGET', KEYS[1], 'until')
-        if not before or tonumber(before) < until_ then
-          redis.call('HSET', KEYS[1], 'until', string.format('%.6f', until_), 'why', 'retry_after')
-        end
-      elseif now - cut_at > 1 then
-        window = math.max(1, math.min(window, flying) * 0.7)
-        thresh, cut_at = window, now
-      end
-    elseif REASONS[what] then
-      if redis.call('EXISTS', KEYS[3]) == 0 then
-        redis.call('HSET', KEYS[3], 'since', string.format('%.6f', now), 'step_s', 10,
-          'until', string.format('%.6f', now + 5))
-      end
-      redis.call('HSET', KEYS[3], 'reason', REASONS[what], 'status', ARGV[i + 4])
+
+for i = 4, #ARGV, 6 do
+  local id, what, back, at = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]) / 1000
+  local held = redis.call('ZREM', string.sub(id, 1, 1) == 'i' and KEYS[3] or KEYS[2], id)
+  settled = settled + held
+  local asked = tonumber(ARGV[i + 4])
+  -- What the upstream asked for holds, even if the reservation has run out meanwhile.
+  if held == 1 or asked then
+    if held == 1 then
+      if rec.tokens then rec.tokens = rec.tokens + back end
+      if rec.requests and what == 'unused' then rec.requests = rec.requests + 1 end
+      correct(rec, at, (what == 'unused' or what == 'refused') and -1 or 0, -back)
+    end
+    if what ~= 'unused' and what ~= 'gone' then
+      local outcome = {
+        what = what, at = at, now = now, flying = flying, left = flying - settled, asked = asked, status = ARGV[i + 5],
+        given = ARGV[1] == '1' or rec.told_rpm ~= nil, minute = rec.sum_r or 0,
+      }
+      if not next_account(account, outcome) then next_record(rec, outcome) end
     end
   end
 end
-redis.call('HSET', KEYS[1], 'window', string.format('%.6f', window))
-if thresh < math.huge then
-  redis.call('HSET', KEYS[1], 'thresh', string.format('%.6f', thresh), 'cut_at', string.format('%.6f', cut_at))
+
+if ARGV[3] ~= '' then
+  local said = {}
+  for value in string.gmatch(ARGV[3] .. ',', '([^,]*),') do said[#said + 1] = tonumber(value) or false end
+  local at = said[1] / 1000
+  for _, rate in ipairs({{2, 'told_rpm', 'requests'}, {5, 'told_tpm', 'tokens'}}) do
+    local limit, remaining, reset = said[rate[1]], said[rate[1] + 1], said[rate[1] + 2]
+    if limit and limit >= 1 then rec[rate[2]] = limit end
+    if remaining and rec[rate[3]] then rec[rate[3]] = math.min(rec[rate[3]], remaining) end
+    if remaining == 0 and reset and reset > 0 then
+      rec.hold_until = math.max(rec.hold_until or 0, math.min(at, now) + math.min(reset, 600))
+    end
+  end
 end
-if record[4] then redis.call('HSET', KEYS[1], 't', string.format('%.6f', tokens)) end
-if record[5] then redis.call('HSET', KEYS[1], 'r', string.format('%.6f', requests)) end
+rec.at = rec.at or now
+save(KEYS[1], '', rec, before)
+save(KEYS[5], 'gate_', account, account_before)
 return settled
