@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Limit records that are looked at, the last used first.
 LOOKED_AT = 1_000
 #: Seconds between probes of a gate that is tried anew; the pause doubles from there.
-FIRST_STEP_S = 1
+FIRST_STEP_S = 0.5
 
 
 class Gate(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ flight.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -23,10 +24,10 @@ from worker.limiter import SETTLE, Limiter, Settlement
 from worker.outside import Outside
 
 #: Seconds that outcomes are collected before a block is written: a place in flight that waits is one unused, but each
-#: block costs CPU. So few outcomes wait less.
-COLLECT_S = 0.01
-COLLECT_FEW_S = 0.002
-FEW = 4
+#: block costs CPU. So it is so many times what the last block took to write, within bounds.
+COLLECT = 1.0
+COLLECT_LEAST_S = 0.002
+COLLECT_MOST_S = 0.01
 #: Bytes of results in one pipeline.
 BLOCK_BYTES = 4_000_000
 RETRY_S = 0.25
@@ -110,19 +111,20 @@ class Flusher:
 
     async def run(self) -> None:
         """Writes blocks until cancelled."""
-        few = True
+        took_s = 0.0
         while True:
             await self._wake.wait()
-            await asyncio.sleep(COLLECT_FEW_S if few else COLLECT_S)
+            await asyncio.sleep(min(max(COLLECT * took_s, COLLECT_LEAST_S), COLLECT_MOST_S))
             self._wake.clear()
             ends, self._ends = self._ends, []
             backs, self._backs = self._backs, []
             settlements, self._settlements = self._settlements, defaultdict(list)
-            few = sum(map(len, settlements.values())) < FEW
+            began = time.monotonic()
             written = False
             while not written:
                 written = await self._write(ends, backs, settlements)
                 await asyncio.sleep(0 if written else RETRY_S)
+            took_s = time.monotonic() - began
             if not self._wake.is_set():
                 self._idle.set()
 

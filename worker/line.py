@@ -26,7 +26,7 @@ ASK_AGAIN_S = 0.1
 GATE_LOOK_S = 0.25
 LOOK_S = 1.0
 #: Jobs are given back when their account is shut, or their model, for longer than this.
-ACCOUNT_SHUT_S = 0.5
+ACCOUNT_SHUT_S = 1.5
 MODEL_SHUT_S = 10.0
 #: Seconds that nothing is claimed after a probe has gone out.
 PROBE_S = 0.5
@@ -150,7 +150,7 @@ class Line:
         """Starts calls as the limiter lets them through, until there have been no jobs for a while."""
         while True:
             if not self.waiting and self.shut_until:
-                await self._pause(max(self.shut_until - time.monotonic(), LOOK_S))
+                await self._pause(max(self.shut_until - time.monotonic(), 0.01))
                 if not self.waiting:
                     # The gate may be open, or want a probe. Should nothing be left to claim, the line ends as any other.
                     self.shut_until = self._lines.gate_until = 0.0

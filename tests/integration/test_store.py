@@ -515,7 +515,7 @@ def test_an_opened_gate_stays_and_lets_one_call_go_now(store: Store) -> None:
     client.hset(keys.gate("a"), mapping=shut)
     assert open_gate(client, "a") > at
     assert account_gate(client, "a") == Gate("a", None, "forbidden", 403, at, 0.0, at)
-    assert client.hget(keys.gate("a"), "step_s") == b"1"
+    assert client.hget(keys.gate("a"), "step_s") == b"0.5"
 
 
 # -- lanes

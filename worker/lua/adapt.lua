@@ -18,7 +18,9 @@ local FIRST_WINDOW = 16
 local FAILS = 10
 local CUTS = 3
 -- Seconds to the first probe of a gate, and between probes at most.
-local PROBE_S = {refused = {1, 60}, outage = {1, 5}, key_refused = {1, 60}, forbidden = {1, 60}, payment_required = {1, 60}}
+local PROBE_S = {
+  refused = {1, 60}, outage = {1, 5}, key_refused = {0.5, 60}, forbidden = {0.5, 60}, payment_required = {0.5, 60},
+}
 
 local function shut(rec, reason, outcome, seconds)
   local first = PROBE_S[reason] and PROBE_S[reason][1] or 0
@@ -154,13 +156,13 @@ local NEXT = {
 }
 
 local ACCOUNT = {
-  {'401, 402, 403', 'any', 'shuts the account (key_refused, payment_required, forbidden): one call goes after 1 s, 2 s, ... 60 s',
+  {'401, 402, 403', 'any', 'shuts the account (key_refused, payment_required, forbidden): one call goes after 0.5 s, 1 s, 2 s, ... 60 s',
     function(rec, outcome)
       if not rec.gate_reason then shut(rec, outcome.what, outcome, outcome.asked) end
       rec.gate_reason, rec.gate_status, rec.gate_refused_at = outcome.what, outcome.status, outcome.now
       if outcome.asked then rec.gate_until = math.max(rec.gate_until, outcome.now + outcome.asked) end
     end},
-  {'clean', 'shut', 'opens, if its call went after the gate shut',
+  {'any other response', 'shut', 'opens, if its call went after the gate shut: whatever was wrong, it was not the key',
     function(rec, outcome)
       if outcome.at > rec.gate_since then
         for name in pairs(rec) do rec[name] = nil end
@@ -186,7 +188,7 @@ local function next_account(rec, outcome)
   if PROBE_S[outcome.what] and outcome.what ~= 'refused' then
     ACCOUNT[1][4](rec, outcome)
     return true
-  elseif outcome.what == 'clean' and rec.gate_reason then
+  elseif rec.gate_reason and (outcome.what == 'clean' or outcome.status ~= '') then
     ACCOUNT[2][4](rec, outcome)
   end
 end
