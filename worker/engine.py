@@ -145,8 +145,10 @@ class Engine:
         for reservation, tokens in reservations:
             self.flusher.settle(model, settlements.unused(reservation, tokens))
 
-    def _waiting(self) -> int:
+    def _waiting(self, lane: str) -> int:
         """Jobs held that are not in flight; those that rest after a failure leave room for others, within reason."""
+        if self._serves_interactive:
+            return sum(run.job.lane == lane and not run.flying for run in self.holding)
         return len(self.holding) - len(self.flying) - min(len(self.holding.resting), self.settings.worker_max_in_flight)
 
     async def _welcome(self, jobs: list[Job]) -> None:

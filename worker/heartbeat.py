@@ -67,8 +67,11 @@ class Heartbeat:
         pipe.zadd(keys.WORKERS, {engine.worker_id: seconds})
         pipe.set(keys.worker(engine.worker_id), self._self(), ex=LISTED_S)
         pipe.zremrangebyscore(keys.WORKERS, "-inf", seconds - 3600)
-        await pipe.execute()
+        pipe.hget(keys.gate(engine.account), "until")
+        *_, until = await pipe.execute()
         engine.renewed_at = began
+        if until is None or float(until) <= seconds:
+            engine.lines.account_open()
 
     def _self(self) -> bytes:
         engine = self._engine

@@ -7,7 +7,7 @@ from anyone; whatever else comes of them is not called again here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -28,6 +28,9 @@ class Holding:
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs.values())
 
     def add(self, run: Run) -> None:
         """A job was claimed."""

@@ -31,8 +31,8 @@ log = structlog.get_logger("worker.intake")
 class Intake:
     """The claiming of one worker.
 
-    `may_start` says whether calls may start at all, `waiting` how many jobs are held and not in flight; `welcome` takes
-    a claimed job.
+    `may_start` says whether calls may start at all, `waiting` how many jobs of a lane are held and not in flight; `welcome`
+    takes claimed jobs.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Intake:
         worker_id: str,
         lines: Lines,
         may_start: Callable[[], bool],
-        waiting: Callable[[], int],
+        waiting: Callable[[str], int],
         welcome: Callable[[list[Job]], Awaitable[None]],
     ) -> None:
         self._client = client
@@ -78,9 +78,9 @@ class Intake:
         warned = False
         size = self._settings.slice_size
         end = time.monotonic() + RING_WAIT_S
-        while accepted < size and await self._wait_for_room(end):
+        while accepted < size and await self._wait_for_room(lane, end):
             async with self._claiming:
-                wanted = min(self.room(), size - accepted)
+                wanted = min(self.room(lane), size - accepted)
                 if wanted <= 0 or self.stopping:
                     continue
                 try:
@@ -97,12 +97,12 @@ class Intake:
             accepted += len(jobs)
         return accepted
 
-    async def _wait_for_room(self, end: float) -> bool:
+    async def _wait_for_room(self, lane: str, end: float) -> bool:
         """Whether there is room, waited for until the monotonic time `end`."""
         while (left := end - time.monotonic()) > 0 and not self.stopping:
             target = self._target()
             # Room that comes in crumbs is let grow: each claim decompresses a block of requests.
-            if self._room(target) >= max(1, min(self._settings.slice_size, target // 4)):
+            if self._room(lane, target) >= max(1, min(self._settings.slice_size, target // 4)):
                 return True
             self._changed.clear()
             try:
@@ -112,12 +112,12 @@ class Intake:
                 continue
         return False
 
-    def room(self) -> int:
-        """How many more jobs may be claimed: about `ROOM_S` of what is started, none while the account is shut."""
-        return self._room(self._target())
+    def room(self, lane: str = "bulk") -> int:
+        """How many more jobs of the lane may be claimed: `ROOM_S` of what is started, none while the account is shut."""
+        return self._room(lane, self._target())
 
-    def _room(self, target: int) -> int:
-        return target - self._waiting() if target > 0 else 0
+    def _room(self, lane: str, target: int) -> int:
+        return target - self._waiting(lane) if target > 0 else 0
 
     def _target(self) -> int:
         """How many jobs are to wait here at present."""

@@ -115,6 +115,14 @@ class Lines:
             return False
         return until is not None
 
+    def account_open(self) -> None:
+        """Somebody has opened the account's gate, or wants it probed: nobody waits for the time seen last."""
+        if self.gate_until > time.monotonic():
+            self.gate_until = time.monotonic()
+            for line in self._lines.values():
+                line.shut_until = min(line.shut_until, self.gate_until)
+                line.wake.set()
+
     @property
     def asking(self) -> int:
         """Jobs whose reservation is being asked for."""
@@ -151,9 +159,12 @@ class Line:
         while True:
             if not self.waiting and self.shut_until:
                 await self._pause(max(self.shut_until - time.monotonic(), 0.01))
-                if not self.waiting:
+                now = time.monotonic()
+                if not self.waiting and now >= self.shut_until:
                     # The gate may be open, or want a probe. Should nothing be left to claim, the line ends as any other.
-                    self.shut_until = self._lines.gate_until = 0.0
+                    self.shut_until = 0.0
+                    if now >= self._lines.gate_until:
+                        self._lines.gate_until = 0.0
                     self._caller.look(self.lane)
                 continue
             if not self.waiting:

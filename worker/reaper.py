@@ -30,6 +30,9 @@ SWEEPS = 20
 #: Oldest batches looked at in a round, whether their retention is over.
 FORGET_BATCHES = 100
 
+#: Seconds after its last use that a limit record is gone (reserve.lua), and its name is taken off the list.
+LIMIT_KEPT_S = 86_400
+
 _sweep = Script("sweep")
 
 log = structlog.get_logger("worker.reaper")
@@ -111,6 +114,7 @@ class Reaper:
         if self._outside is not None:
             await self._outside.write_revoked()
         await self._forget_expired()
+        await self._client.zremrangebyscore(keys.LIMITS, "-inf", time.time() - LIMIT_KEPT_S)
         # Beside the rounds: a broker that does not answer must not keep dead workers' jobs from being given back.
         if self.ringing is None or self.ringing.done():
             unheard = await leases.unheard(self._client, RINGS)

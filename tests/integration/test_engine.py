@@ -967,3 +967,87 @@ async def test_what_is_held_of_a_batch_that_pauses_is_given_back(store_url: str)
         status = stand.store.status(batch)
         assert (status.state, status.succeeded, status.queued) == ("paused", 2, 8)
         assert len(stand.upstream.asked) == 2
+
+
+@in_loop
+async def test_an_outage_burns_no_attempts(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.engine, "backoff", lambda *_: 0.05)  # long enough for the limiter to learn of a failure
+    upstream = FakeUpstream(*[unconnected] * 12)
+    async with standing(store_url, upstream, max_attempts=3) as stand:
+        record = keys.limit(stand.engine.account, stand.engine.settings.model)
+        batch = stand.submit(2)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await until(lambda: stand.store.client.hget(record, "gate_reason") == b"outage", "the gate")
+
+        def opened() -> bool:
+            """Whether all has ended; the time to the next probe is not waited for."""
+            if stand.store.client.hexists(record, "gate_until"):
+                stand.store.client.hset(record, "gate_until", 0)
+            return bool(stand.store.status(batch).state == "finished")
+
+        await until(opened, "an end", timeout_s=20)
+        assert stand.store.status(batch).succeeded == 2
+        attempts = [a for index in range(2) for a in stand.about(batch, index).attempts]
+        assert len(attempts) == 14
+        assert sum(a.counted for a in attempts if a.verdict == "connect_error") <= 4
+        stand.engine.intake.stop()
+        await ring
+
+
+@in_loop
+async def test_a_gate_that_is_opened_by_hand_is_probed_at_once(store_url: str) -> None:
+    upstream = FakeUpstream(default=lambda: refused(403))
+    async with standing(store_url, upstream) as stand:
+        client, gate = stand.store.client, keys.gate(stand.engine.account)
+        client.hset(gate, mapping={"reason": "forbidden", "since": 1, "until": time.time() + 600, "step_s": 60})
+        batch = stand.submit(2)
+        await stand.engine.ring("bulk")
+        await until(
+            lambda: stand.store.status(batch).queued == 2 and stand.engine.bounds == ["forbidden"], "given back"
+        )
+        assert stand.engine.intake.room() == 0
+        open_gate(client, stand.engine.account)
+        await until(lambda: len(upstream.asked) == 1, "one probe")
+        upstream.default = answered
+        client.hset(gate, "until", 0)
+        assert (await stand.ended(batch)).succeeded == 2
+
+
+@in_loop
+async def test_a_retry_after_beyond_ten_minutes_is_logged(store_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = refused(429, 600.0)
+    outcome.retry_after_asked_s = 86_400.0
+    async with standing(store_url, FakeUpstream(outcome)) as stand:
+        stand.submit(1)
+        await stand.engine.ring("bulk")
+        await until(lambda: len(stand.engine.holding) == 0)
+    said = capsys.readouterr().out
+    assert "retry_after_capped" in said
+    assert "86400" in said
+
+
+@in_loop
+async def test_the_settings_override_the_policy(store_url: str) -> None:
+    upstream = FakeUpstream(refused(418), refused(402), answered(THINKING))
+    async with standing(store_url, upstream, retry_statuses="418,402", bad_answers="none") as stand:
+        batch = stand.submit(1)
+        await stand.engine.ring("bulk")
+        assert (await stand.ended(batch)).succeeded == 1
+        assert [a["verdict"] for a in stand.attempts(batch)] == ["http_418", "http_402", "succeeded"]
+
+
+@in_loop
+async def test_the_lanes_share_a_worker_that_serves_both(store_url: str) -> None:
+    upstream = FakeUpstream(hold=True)
+    async with standing(store_url, upstream, worker_max_in_flight=4) as stand:
+        assert await stand.engine.ring("interactive") == 0
+        stand.submit(10)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await until(lambda: upstream.in_flight == 3, "bulk takes all but one")
+        stand.submit([make_request("now", model="m")], lane="interactive")
+        await stand.engine.ring("interactive")
+        await until(lambda: upstream.in_flight == 4, "which is an interactive job's")
+        assert b"now" in upstream.asked[-1]
+        upstream.release()
+        stand.engine.intake.stop()
+        await ring

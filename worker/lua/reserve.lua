@@ -36,7 +36,7 @@ local function done()
   rec.at = now
   save(KEYS[1], '', rec, before)
   save(KEYS[5], 'gate_', account, account_before)
-  for _, key in ipairs({KEYS[1], KEYS[4]}) do redis.call('EXPIRE', key, 86400) end
+  for i = 1, 4 do redis.call('EXPIRE', KEYS[i], 86400) end
   redis.call('ZADD', KEYS[6], now, ARGV[8])
   return {delays, math.max(0, math.ceil(ask * 1000)), bound, shut_by, probe, string.format('%.0f', now * 1000)}
 end

@@ -19,7 +19,7 @@ SHARE = 0.2
 IN_FLIGHT = 50
 MAX_ATTEMPTS = 5
 CALL_TIMEOUT_S = 2.0  # ends the kinds that hang
-RETRY_AFTER_S = 2.0
+RETRY_AFTER_S = 1.0
 PATIENCE_S = 330.0
 #: Every so many jobs one is always faulty, the kinds in turn.
 DOOMED_EVERY = 37
