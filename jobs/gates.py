@@ -84,16 +84,17 @@ def _status(raw: bytes | None) -> int | None:
 def open_gate(client: redis.Redis, account: str) -> float:
     """Lets one call of a shut account go at once, as a probe; returns the server's time at that moment.
 
-    The gate itself stays until the probe is answered, so what is refused later than the returned time is news.
+    The gate itself stays until the probe is answered, so what is refused later than the returned time is news. A pause that
+    the upstream asked for is kept.
     """
     any_client: Any = client
     gate = keys.gate(account)
 
     def step(pipe: Any) -> None:
-        shut = pipe.exists(gate)
+        reason, asked_until = pipe.hmget(gate, "reason", "asked_until")
         pipe.multi()
-        if shut:
-            pipe.hset(gate, mapping={"until": 0, "step_s": FIRST_STEP_S})
+        if reason:
+            pipe.hset(gate, mapping={"until": asked_until or 0, "step_s": FIRST_STEP_S})
         pipe.time()
 
     with redis_errors():

@@ -111,7 +111,7 @@ def minute(account: str, model: str) -> str:
 
 
 def gate(account: str) -> str:
-    """hash: reason, status, since, until (no call before), step_s, refused_at; absent while the account is open."""
+    """hash: reason, status, since, until (no call before), step_s, refused_at, asked_until; absent while it is open."""
     return f"{PREFIX}gate:{account}"
 
 

@@ -350,6 +350,12 @@ class Store:
             raise NotFound(f"there is no batch {batch_id}")
         return BatchState(word)
 
+    def next_retry(self, batch_id: str) -> float | None:
+        """The earliest `not_before` (unix seconds) of the batch's jobs that wait for a retry; None for none."""
+        with redis_errors():
+            found: Any = self.client.zrange(keys.retries(batch_id), 0, 0, withscores=True)
+        return float(found[0][1]) if found else None
+
     def unfinished(self, label: str) -> list[str]:
         """Ids of batches bound to this upstream that workers would go on with, oldest first."""
         with redis_errors():

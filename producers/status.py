@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from datetime import UTC, datetime
 
 import msgspec
@@ -36,6 +37,9 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
             f"running {status.running:,}  succeeded {status.succeeded:,}  failed {status.failed:,}  "
             f"cancelled {status.cancelled:,}  expired {status.expired:,}  tokens {usage.total_tokens:,}"
         )
+        not_before = store.next_retry(status.batch_id)
+        if not_before is not None:
+            line += f"  next retry in {max(0.0, not_before - time.time()):.0f} s"
         print(line + (f"  ({status.reason})" if status.reason else ""))
     if not statuses:
         print("no batches")

@@ -188,8 +188,14 @@ class Watch:
         if gates := gates_of(self._connection.client, self._account):
             wait_s = gates[0].wait_s(server_time(self._connection.client))
             held_back = f"gate: {gates[0].reason}, next call in {wait_s:.0f} s"
+        elif not held_back and status.queued and not status.running:
+            not_before = self._connection.store.next_retry(status.batch_id)
+            if not_before is not None:
+                held_back = f"retries: next in {max(0.0, not_before - time.time()):.0f} s"
         if self.paused:
             held_back = self.paused
+        elif status.state is BatchState.PAUSED and not self._workers.stopping:
+            held_back = f"paused; `mimoq resume {status.batch_id}` lets it go on"
         elif not mine and status.state is not BatchState.FINISHED and not self._workers.stopping:
             held_back = "no worker yet"
         return View(

@@ -15,8 +15,8 @@ from jobs.keys import LANES
 from jobs.scripts import Script
 from jobs.settings import Settings
 
-#: Seconds a reservation lives unless renewed.
-RESERVATION_S = 15.0
+#: Seconds a reservation lives unless renewed: as long as a lease, so that a dead worker's places are free when its jobs are.
+RESERVATION_S = 10.0
 
 RESERVE = Script("reserve", "worker")
 SETTLE = Script("settle", "worker")

@@ -26,6 +26,9 @@ from worker.transport import connected, open_transport
 
 MAX_ERROR_BYTES = 64 * 1024
 
+#: Stands where an upstream quotes the key.
+HIDDEN = "[the API key]"
+
 _LARGE_BYTES = 1_000_000
 
 # How long to wait for the end of a stream that has said all, so that its connection can be used again.
@@ -66,6 +69,7 @@ class Upstream:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._streaming = settings.streaming
+        self._key = settings.api_key
         self._call_timeout_s = settings.call_timeout_s
         self._own = transport is None
         self._transport = transport or open_transport(settings.base_url)
@@ -105,7 +109,18 @@ class Upstream:
             outcome.detail = type(origin).__name__ if outcome.sent else f"{type(origin).__name__}: {origin}"[:300]
         outcome.latency_s = time.perf_counter() - begun
         _conclude(outcome, call, sink, failure)
+        self._hide_key(outcome)
         return outcome
+
+    def _hide_key(self, outcome: Outcome) -> None:
+        """An upstream may quote the key that it refuses; what it says is stored and shown."""
+        if self._key is None:
+            return
+        key = self._key.get_secret_value()
+        if outcome.body is not None and key.encode() in outcome.body:
+            outcome.body = outcome.body.replace(key.encode(), HIDDEN.encode())
+        if outcome.request_id is not None:
+            outcome.request_id = outcome.request_id.replace(key, HIDDEN)
 
     def _read_head(self, response: httpx.Response, outcome: Outcome) -> ResponseHead:
         head = ResponseHead.read(response.headers.raw, self._clock())

@@ -116,6 +116,14 @@ def test_the_docs_hold_the_table(table: Table) -> None:
         (SHUT, {"what": "failed", "asked": 60}, {"gate_reason": "retry_after", "gate_until": 1060, "gate_since": 990}),
         (SHUT, {"what": "refused", "asked": 60, "at": 980}, {"gate_until": 1060}),  # from before the gate shut, too
         ({}, {"what": "clean", "asked": 60}, {"gate_reason": None}),
+        ({**SHUT, "gate_reason": "retry_after"}, {"what": "clean"}, {"gate_reason": "retry_after", "gate_until": 1001}),
+        ({}, {"what": "refused", "asked": 3, "flying": 1}, {"window": 16, "thresh": None}),  # nothing was carried
+        (
+            {"window": 1, "former": 40, "ramp": 1},
+            {"what": "refused", "flying": 1},
+            {"window": 1, "former": 40, "ramp": 1},
+        ),
+        ({"window": 2.02, "thresh": 1}, {"what": "clean", "flying": 1}, {"window": 2.02 + 0.1 / 2.02}),
         # outage
         ({"fails": 8}, {"what": "failed"}, {"fails": 9, "gate_reason": None}),
         (
@@ -197,8 +205,8 @@ def test_the_window_starts_at_16_and_doubles_each_clean_round(store_url: str) ->
         sizes = []
         for _ in range(4):
             sizes.append(round_of(driven, 10_000)[0])
-        # Of 16, 31, 61 and 117, less what is kept for interactive jobs.
-        assert sizes == [15, 30, 58, 112]
+        # Of 16, 31, 61 and 119, less what is kept for interactive jobs.
+        assert sizes == [15, 30, 58, 114]
 
 
 def test_a_window_that_is_not_used_does_not_grow(store_url: str) -> None:
@@ -287,6 +295,47 @@ def test_a_refused_account_is_probed_one_call_a_step(store_url: str, status: int
         driven.settle(Settlement(probe.reservations[0], "clean", 0, None, 200))
         assert len(driven.reserve(1, 1).reservations) == 2, "a clean answer opens the account"
         assert not driven.gate()
+
+
+def test_a_pause_that_was_asked_for_with_a_402_is_kept(store_url: str) -> None:
+    with Driven(store_url) as driven:
+        first, other = driven.reserve(1, 1).reservations
+        driven.now += 0.05
+        late = driven.reserve(1).reservations[0]
+        driven.settle(Settlement(first, "payment_required", 0, 30.0, 402))
+        driven.now += 0.01
+        driven.settle(Settlement(other, "clean", 0, None, 200), Settlement(late, "clean", 0, None, 200))
+        open_gate(driven.client, "account")
+        shut = driven.reserve(1)
+        assert shut.bound == "payment_required"
+        assert shut.ask_again_s == pytest.approx(29.99, abs=0.01)
+        driven.now += 30
+        assert driven.reserve(1).reservations
+
+
+def test_a_minute_that_is_used_up_leaves_the_window_as_it_was(store_url: str) -> None:
+    with Driven(store_url) as driven:
+        for _ in range(3):
+            round_of(driven, 1000)
+        before = driven.window()
+        for _ in range(2):
+            driven.settle_all(driven.reserve(*[1] * 500), "refused", after=1.0)
+            driven.now += 1.1
+        for _ in range(20):
+            round_of(driven, 1000, 0.2)
+        assert driven.window() >= before
+
+
+def test_a_call_let_through_ahead_does_not_end_a_pause_that_was_asked_for(store_url: str) -> None:
+    with Driven(store_url, rpm=6000) as driven:
+        driven.open_window()
+        grant = driven.reserve(*[1] * 20)
+        ahead = next(item for item in driven.reserve(*[1] * 60, who="another").reservations if item.delay_s > 0.05)
+        driven.now += 0.02
+        driven.settle(Settlement(grant.reservations[0], "refused", 0, 30.0, 429))
+        driven.now += 0.1
+        driven.settle(Settlement(ahead, "clean", 0))
+        assert driven.reserve(1).bound == "retry_after"
 
 
 def test_a_probe_that_could_not_be_granted_is_not_lost(store_url: str) -> None:

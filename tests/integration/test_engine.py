@@ -185,6 +185,7 @@ async def test_a_long_wait_leaves_the_engine(store_url: str, monkeypatch: pytest
         await until(lambda: len(stand.engine.holding) == 0, "the job is given back")
         assert stand.store.job_state(batch, 0) is JobState.QUEUED
         assert 25 < stand.store.client.zscore(keys.retries(batch), "0") - time.time() <= 31
+        assert 25 < (stand.store.next_retry(batch) or 0) - time.time() <= 31
         assert b'"http_503"' in stand.store.client.hget(keys.history(batch), "0")
         assert flights(stand) == 0
         # When it is due it is claimed with its history.

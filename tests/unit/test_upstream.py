@@ -628,6 +628,17 @@ def test_the_key_is_not_shown() -> None:
     assert KEY not in repr(client) + repr(vars(client))
 
 
+def test_a_key_that_the_upstream_quotes_is_hidden() -> None:
+    async def quote(asked: Asked) -> None:
+        text = b'{"error":{"message":"bad key %s"}}' % KEY.encode()
+        head = b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\nx-request-id: r-%s\r\nContent-Length: %d\r\n\r\n"
+        asked.writer.write(head % (KEY.encode(), len(text)) + text)
+
+    outcome = run(ask(quote))
+    assert outcome.body == b'{"error":{"message":"bad key [the API key]"}}'
+    assert outcome.request_id == "r-[the API key]"
+
+
 def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)

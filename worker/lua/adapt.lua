@@ -3,13 +3,14 @@
 -- A record is a table of numbers and texts. Of an (account, model):
 --   window = calls in flight we dare; thresh = where its doubling ends (none before the first cut)
 --   former, ramp, ramp_at = the window before a gate, which it doubles back to; the next step up and when the last was made
---   cut_at, cut_n, cut_r, cut_w = the last cut: when, calls in flight and refusals then, whether the window was cut by it
+--   cut_at, cut_n, cut_r, cut_w = the last cut: when, calls in flight and refusals then, whether the window was cut by it;
+--   cut_from, cut_thresh, cut_former = window, thresh and former before it
 --   repeats = cuts in a row, none of which helped; fails = failures in a row
 --   gate_reason, gate_status, gate_since, gate_until, gate_step_s = a shut gate, its next probe or end, the pause after that
 --   opened_at = when the last gate opened
 --   rate = calls a second, learned; ceiling = what the upstream let through; grown_at, rated_at = when it grew and was learned
 --   met_at, met_n, met_same = when its rate limit was met, the calls let through in the minute before, how often as many
--- Of an account: gate_* and gate_refused_at.
+-- Of an account: gate_*, gate_refused_at and gate_asked_until, before which no call was asked for by a Retry-After.
 --
 -- An outcome is {what, at = when its call was let through, now, flying = calls in flight with it, left = without, asked = Retry-After in
 -- seconds or nil, status, given = whether a request rate is given, minute = calls answered in the last minute}.
@@ -73,18 +74,24 @@ local function of_last_cut(rec, outcome)
   return rec.cut_at and outcome.at <= rec.cut_at
 end
 
--- One cut a round: later refusals of calls from before it only make it exact.
+-- One cut a round: later refusals of calls from before it only make it exact. A round of which most was refused met
+-- something else than a limit of calls in flight, and leaves the window as it was.
 local function cut(rec, outcome)
   if of_last_cut(rec, outcome) then
     rec.cut_r = rec.cut_r + 1
   else
     rec.repeats = (rec.repeats or 0) + 1
     rec.cut_at, rec.cut_n, rec.cut_r = outcome.now, outcome.flying, 1
+    rec.cut_from, rec.cut_thresh, rec.cut_former = rec.window, rec.thresh, rec.former
     -- A window that is hardly used was not what met a limit.
     rec.cut_w = 2 * outcome.flying >= rec.window and 1 or 0
   end
-  if rec.cut_w == 1 then
-    local carried = rec.cut_n - rec.cut_r
+  if rec.cut_w == 0 then return end
+  local carried = rec.cut_n - rec.cut_r
+  if rec.cut_r > rec.cut_n / 2 then
+    rec.window, rec.thresh, rec.former = rec.cut_from, rec.cut_thresh, rec.cut_former
+    rec.ramp, rec.ramp_at = rec.former and 1, rec.former and outcome.now
+  else
     rec.window = math.max(1, math.min(rec.window, carried - 1))
     rec.thresh, rec.former, rec.ramp, rec.ramp_at = math.max(1, carried), nil, nil, nil
   end
@@ -123,6 +130,7 @@ local NEXT = {
     function(rec, outcome)
       if outcome.what == 'refused' and of_last_cut(rec, outcome) then cut(rec, outcome) end
     end},
+  {'clean', 'retry_after', 'nothing: the gate opens when it was said to', function() end},
   {'clean', 'shut', 'opens; window = in flight + 1, then doubling back, each clean round or each second, to its former size',
     function(rec, outcome) open(rec, outcome.now, outcome.left) end},
   {'refused', 'shut', 'nothing: the next probe goes after twice the pause, 1 s to 60 s', function() end},
@@ -133,7 +141,8 @@ local NEXT = {
       rec.fails = 0
       if rec.cut_at and outcome.at > rec.cut_at then rec.repeats = 0 end
       grow_rate(rec, outcome.now)
-      if rec.window > 2 * outcome.flying then return end
+      -- One more, because a place is kept for interactive jobs.
+      if rec.window > 2 * (outcome.flying + 1) then return end
       if rec.window < (rec.former or rec.thresh or math.huge) then
         rec.window = rec.window + 1
         if rec.former and rec.window >= rec.former then rec.former, rec.ramp, rec.ramp_at = nil, nil, nil end
@@ -141,7 +150,7 @@ local NEXT = {
         rec.window = rec.window + 0.1 / rec.window
       end
     end},
-  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
+  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use and carried half of the round; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
     function(rec, outcome)
       cut(rec, outcome)
       if rec.repeats >= CUTS or (rec.cut_r >= 5 and rec.cut_r > rec.cut_n / 2) then
@@ -160,11 +169,14 @@ local ACCOUNT = {
     function(rec, outcome)
       if not rec.gate_reason then shut(rec, outcome.what, outcome, outcome.asked) end
       rec.gate_reason, rec.gate_status, rec.gate_refused_at = outcome.what, outcome.status, outcome.now
-      if outcome.asked then rec.gate_until = math.max(rec.gate_until, outcome.now + outcome.asked) end
+      if outcome.asked then
+        rec.gate_asked_until = math.max(rec.gate_asked_until or 0, outcome.now + outcome.asked)
+        rec.gate_until = math.max(rec.gate_until, rec.gate_asked_until)
+      end
     end},
   {'any other response', 'shut', 'opens, if its call went after the gate shut: whatever was wrong, it was not the key',
     function(rec, outcome)
-      if outcome.at > rec.gate_since then
+      if outcome.at > rec.gate_since and outcome.now >= (rec.gate_asked_until or 0) then
         for name in pairs(rec) do rec[name] = nil end
       end
     end},
@@ -179,7 +191,7 @@ local function next_record(rec, outcome)
     what = 'stale'
   end
   for _, row in ipairs(NEXT) do
-    if row[1] == what and (row[2] == gate or row[2] == 'any') then return row[4](rec, outcome) end
+    if row[1] == what and (row[2] == gate or row[2] == 'any' or row[2] == rec.gate_reason) then return row[4](rec, outcome) end
   end
 end
 

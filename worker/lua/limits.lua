@@ -7,7 +7,7 @@
 --         x-ratelimit-* headers said
 -- KEYS[2] reservations of bulk jobs, KEYS[3] of interactive ones (zset: id -> time at which it counts as lost)
 -- KEYS[4] log of the last minute (hash: 'r' or 't' and a quarter second's number -> requests, tokens started in it)
--- KEYS[5] gate of the account (hash: reason, status, since, until, step_s, refused_at); absent while it is open
+-- KEYS[5] gate of the account (hash: reason, status, since, until, step_s, refused_at, asked_until); absent while it is open
 
 local BIN = 0.25
 -- A start counts for a minute, and for the half second that a call may be late.
