@@ -22,6 +22,9 @@ from worker.line import ASK_AGAIN_S, Lines
 
 #: Seconds a ring waits for room, and gathers jobs, before it is dropped.
 RING_WAIT_S = 60.0
+#: While every known model is shut, so many jobs are claimed so often, to see whether there are others.
+OTHERS = 5
+OTHERS_S = 1.0
 #: Room is this many seconds of what the limiter lets through.
 ROOM_S = 2.0
 
@@ -54,6 +57,7 @@ class Intake:
         self._waiting = waiting
         self._welcome = welcome
         self._starts: deque[tuple[float, int]] = deque()
+        self._claimed_at = 0.0
         self._changed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self.stopping = False
@@ -83,6 +87,7 @@ class Intake:
                 wanted = min(self.room(lane), size - accepted)
                 if wanted <= 0 or self.stopping:
                     continue
+                self._claimed_at = time.monotonic()
                 try:
                     jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, wanted)
                 except (RedisError, OSError) as error:
@@ -123,8 +128,11 @@ class Intake:
         """How many jobs are to wait here at present."""
         now = time.monotonic()
         shut_until = self._lines.shut_until
-        if not self._may_start() or now < shut_until:
+        if not self._may_start() or now < self._lines.gate_until:
             return 0
+        if now < shut_until:
+            # Every model that is known here is shut; there may be jobs of others.
+            return OTHERS if now - self._claimed_at > OTHERS_S else 0
         if shut_until:
             return 1  # the probe
         while self._starts and self._starts[0][0] < now - 1:

@@ -281,6 +281,47 @@ def test_each_lane_has_its_share_when_both_want_all(store_url: str, limits: dict
         assert 0.18 * whole < counts["interactive"] < 0.29 * whole
 
 
+@pytest.mark.parametrize(
+    ("limits", "need"), [({"rpm": 4}, 1), ({"rpm": 10, "interactive_share": 0.05}, 1), ({"tpm": 9_000}, 2_500)]
+)
+def test_an_interactive_call_beyond_its_lanes_share_starts_too(
+    store_url: str, limits: dict[str, Any], need: int
+) -> None:
+    with Driven(store_url, **limits) as driven:
+        driven.open_window()
+        started, start = 0, driven.now
+        while driven.now < start + 150:
+            driven.settle_all(driven.reserve(*[100] * 5, who="b"))
+            grant = driven.reserve(need, lane="interactive", who="i")
+            started += len(grant.reservations)
+            driven.settle_all(grant)
+            driven.now += 0.2
+        assert started >= 1
+
+
+def test_time_behind_a_gate_works_off_a_debt(store_url: str) -> None:
+    with Driven(store_url, tpm=60_000) as driven:
+        dear, other = driven.reserve(300, 300).reservations
+        driven.settle(Settlement(dear, "clean", -30_000), Settlement(other, "refused", 0, 40.0, 429))
+        for _ in range(39):
+            driven.now += 1
+            assert driven.reserve(100).bound == "retry_after"
+        driven.now += 1.1
+        assert driven.reserve(100).reservations
+
+
+def test_calls_in_flight_count_after_the_store_was_away(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=4) as driven:
+        held = driven.reserve(1, 1, 1)
+        driven.now += RESERVATION_S + 5
+        assert not driven.reserve(1, who="another").reservations, "its holder could not renew"
+        driven.limiter().renew(driven.client, MODEL, [item.id for item in held.reservations], driven.now)
+        driven.now += RESERVATION_S - 1
+        assert not driven.reserve(1, who="another").reservations
+        driven.now += 2
+        assert driven.reserve(1, who="another").reservations, "and it died after all"
+
+
 def test_interactive_jobs_may_have_all_that_bulk_leaves(store_url: str) -> None:
     with Driven(store_url, rpm=120) as driven:
         count, start = 0, driven.now
@@ -361,6 +402,7 @@ def test_whatever_happens_no_minute_exceeds_the_limits_and_nothing_leaks(store_u
             # Whatever happened, after two minutes all is as at the start: nothing waits for ever, nothing has leaked.
             driven.reserve()
             driven.now += 125
+            driven.reserve()
             for lane in ("bulk", "interactive"):
                 driven.now += 13
                 assert driven.reserve(1, lane=lane, who=f"after {lane}").reservations, driven.record()

@@ -59,7 +59,7 @@ end
 -- that chance can't wear the rate down.
 local function met_rate_limit(rec, outcome)
   local minute, now = outcome.minute, outcome.now
-  if outcome.given or minute < 1 or (rec.met_at and now - rec.met_at < 10) then return end
+  if outcome.given or minute < 20 or (rec.met_at and now - rec.met_at < 10) then return end
   local same = rec.met_n and math.abs(minute - rec.met_n) <= math.max(1, 0.03 * rec.met_n)
   rec.met_same = same and (rec.met_same or 0) + 1 or 0
   if rec.met_same >= 2 and now - (rec.rated_at or -math.huge) >= 60 then

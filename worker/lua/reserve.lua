@@ -73,7 +73,7 @@ local function bucket(limit, level, rate, room)
   local burst = math.max(1, limit * 0.01)
   rate = rate * limit / 60
   -- A debt is worked off within a minute, whatever usage an upstream reports.
-  level = level and math.max(level, -limit) + rate * math.max(0, now - rec.at) or burst
+  level = level and math.max(level, -limit) + rate * math.max(0, now - (rec.filled or now)) or burst
   return math.min(math.max(burst, room), level), rate, burst
 end
 
@@ -83,13 +83,21 @@ local requests, request_rate = bucket(rpm, rec.requests, 0.985, 0)
 local tokens, token_rate, token_burst = bucket(tpm, rec.tokens, 1, rec.big or 0)
 
 local SHARE = tonumber(ARGV[4])
-local share = math.min(SHARE, (rec.share or SHARE) + SHARE / 60 * math.max(0, now - (rec.at or now)))
+local share = math.min(SHARE, (rec.share or SHARE) + SHARE / 60 * math.max(0, now - (rec.filled or now)))
 local function cost(need)
   return math.max(rpm and 1 / rpm or 0, tpm and need / tpm or 0)
 end
 
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+-- Was nobody here for so long that the living could not renew either? Then what looks lost gets its time once more.
+local LOST_S = tonumber(ARGV[5])
+local again = rec.at and now - rec.at > LOST_S and now + LOST_S
+for _, key in ipairs({KEYS[2], KEYS[3]}) do
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', again and math.min(rec.again or 0, now) or now)
+  if again then
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now)) do redis.call('ZADD', key, again, id) end
+  end
+end
+rec.again = again or rec.again
 local bulk_flying, flying = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
 local interactive_flying = flying
 flying = flying + bulk_flying
@@ -103,12 +111,17 @@ local function next_leaves()
   return math.max((rec.first + 1) * BIN + KEPT - now, AHEAD + 0.01)
 end
 
+-- Whether an interactive candidate goes before bulk; one that costs more than the share does when all of it is there.
+local function goes_first(need)
+  return interactive and SHARE > 0 and share >= math.min(cost(need), SHARE)
+end
+
 -- What keeps a candidate of so many tokens from going, how long it has to wait for it, and whether that is a rate.
 local function hindrance(need)
   if flying >= cap or (not interactive and bulk_flying >= math.max(1, cap - kept)) then return capped, AHEAD + 0.1 end
-  local first = interactive and share >= cost(need)
+  local first = goes_first(need)
   if not interactive and (rec.want_i or 0) > now then return 'interactive', AHEAD + 0.05 end
-  if interactive and not first and (rec.want_b or 0) > now then return 'share', AHEAD + 0.1 end
+  if interactive and not first and SHARE > 0 and (rec.want_b or 0) > now then return 'share', AHEAD + 0.1 end
   local what, wait = '', 0
   if rpm then
     if requests < 1 then what, wait = 'requests', (1 - requests) / request_rate end
@@ -121,6 +134,7 @@ local function hindrance(need)
     -- The one that saves up goes before others; interactive ones only wait for it when it has waited for a minute.
     local saved_up = rec.big and rec.big_by ~= ARGV[7]
     if saved_up and not (first and now - rec.big_since < 60) then return 'tokens', AHEAD + 0.25 end
+    saved_up = saved_up and not (first and string.sub(rec.big_by, -4) == 'bulk')
     if tokens < enough and (enough - tokens) / token_rate > wait then
       what, wait = 'tokens', (enough - tokens) / token_rate
     end
@@ -143,7 +157,7 @@ for i = 1, candidates do
     ask, bound = wait - AHEAD, what
     local until_ = now + math.min(ask, 1) + WAITS_S
     if interactive then
-      if (rated and share >= cost(need)) or (what == capped and interactive_flying < kept) then
+      if (rated and goes_first(need)) or (what == capped and interactive_flying < kept) then
         rec.want_i, rec.want_by = until_, ARGV[7]
       end
     elseif rated or what == 'interactive' then
@@ -167,5 +181,6 @@ if #delays > 0 and probe == 1 then
   if account.gate_reason then probed(account, now) end
   if rec.gate_reason then probed(rec, now) end
 end
+rec.filled = now
 rec.requests, rec.tokens, rec.share = rpm and requests or nil, tpm and tokens or nil, share
 return done()

@@ -42,16 +42,17 @@ for i = 4, #ARGV, 6 do
   end
 end
 
-if ARGV[3] ~= '' then
-  local said = {}
-  for value in string.gmatch(ARGV[3] .. ',', '([^,]*),') do said[#said + 1] = tonumber(value) or false end
-  local at = said[1] / 1000
+local said = {}
+for value in string.gmatch(ARGV[3] .. ',', '([^,]*),') do said[#said + 1] = tonumber(value) or false end
+-- What is told to an earlier call may come later.
+if said[1] and said[1] / 1000 >= (rec.told_at or 0) then
+  rec.told_at = said[1] / 1000
   for _, rate in ipairs({{2, 'told_rpm', 'requests'}, {5, 'told_tpm', 'tokens'}}) do
     local limit, remaining, reset = said[rate[1]], said[rate[1] + 1], said[rate[1] + 2]
     if limit and limit >= 1 then rec[rate[2]] = limit end
     if remaining and rec[rate[3]] then rec[rate[3]] = math.min(rec[rate[3]], remaining) end
     if remaining == 0 and reset and reset > 0 then
-      rec.hold_until = math.max(rec.hold_until or 0, math.min(at, now) + math.min(reset, 600))
+      rec.hold_until = math.max(rec.hold_until or 0, now + math.min(reset, 600))
     end
   end
 end
