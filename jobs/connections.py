@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from jobs import keys
-from jobs.errors import SchemaVersionError, StoreUnavailable, UsageError
+from jobs.errors import SchemaVersionError, StoreFull, StoreRefused, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:
     import redis
@@ -22,12 +24,24 @@ SCHEMA_VERSION = 1
 SOCKET_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 
+#: What is said when Redis answers, but can't write its append-only file.
+DISK_FULL = "Redis can't write to its disk: make room there; nothing was lost"
+
 
 def connect(url: str) -> redis.Redis:
-    """A sync client; replies are bytes."""
+    """A sync client; replies are bytes. Raises `UsageError` for an address that can't be read.
+
+    It tries nothing twice: who waits for a store that is away (`jobs.patience`), or must not, says so itself.
+    """
     import redis
 
-    return redis.Redis.from_url(url, **_options(url))
+    try:
+        client = redis.Redis.from_url(url, **_options(url))
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # would else fail at the first command
+    except (TypeError, ValueError):  # whose message may hold a part of the password
+        raise UsageError("the address of Redis can't be read: check MIMOQ_REDIS_URL and its options") from None
+    return client
 
 
 def connect_async(url: str, max_connections: int = 16) -> redis.asyncio.Redis:
@@ -83,18 +97,42 @@ def results_url(settings: Settings, redis_url: str) -> str:
     return url
 
 
-def check_schema(client: redis.Redis) -> None:
-    """Marks an empty store with the schema's version; refuses one written by a newer mimoq.
+@contextmanager
+def redis_errors(hint: str = "; nothing was lost", opening: bool = False) -> Iterator[None]:
+    """Turns errors of redis-py into `StoreUnavailable` with a line for people that ends in `hint`.
 
-    Raises `SchemaVersionError`, or `StoreUnavailable` when Redis does not answer.
+    It is `StoreFull` where Redis answers, and `StoreRefused` where waiting would not help. A host that nobody knows is
+    such a case while `opening`; later it is one whose server is being restarted.
     """
     import redis
 
     try:
-        client.set(keys.SCHEMA, SCHEMA_VERSION, nx=True)
-        found: Any = client.get(keys.SCHEMA)
+        yield
+    except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError):
+        raise StoreRefused("Redis refuses the user or password it is given: check MIMOQ_REDIS_URL") from None
+    except redis.exceptions.NoPermissionError:
+        raise StoreRefused("Redis does not allow its user what mimoq needs: check that user's ACL") from None
+    except redis.exceptions.OutOfMemoryError:
+        raise StoreFull("Redis is out of memory: free some, or raise its maxmemory; nothing was lost") from None
     except redis.RedisError as error:
-        raise StoreUnavailable(f"Redis does not answer ({type(error).__name__}): check MIMOQ_REDIS_URL") from None
+        if "MISCONF" in str(error):
+            raise StoreFull(DISK_FULL) from None
+        cause = error.__context__
+        if opening and isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            raise StoreRefused(f"Redis's host is not known{hint}") from None
+        raise StoreUnavailable(f"Redis does not answer ({type(error).__name__}){hint}") from None
+
+
+def check_schema(client: redis.Redis) -> None:
+    """Marks an empty store with the schema's version; refuses one written by another mimoq.
+
+    Raises `SchemaVersionError`, or `StoreUnavailable` when Redis does not answer.
+    """
+    with redis_errors(": check MIMOQ_REDIS_URL", opening=True):
+        found: Any = client.get(keys.SCHEMA)
+        if found is None:  # only then, so that a store that is out of memory can be looked at
+            client.set(keys.SCHEMA, SCHEMA_VERSION, nx=True)
+            found = client.get(keys.SCHEMA)
     version = int(found) if found and bytes(found).isdigit() else -1
     if version != SCHEMA_VERSION:
         raise SchemaVersionError(

@@ -32,11 +32,23 @@ class NotFound(UsageError):
 
 
 class Conflict(UsageError):
-    """The same idempotency key came with another content."""
+    """The same idempotency key came with other requests; nothing was submitted."""
 
 
 class StoreUnavailable(MimoqError):
     """Redis did not answer in time; nothing that was acknowledged is lost."""
+
+
+class StoreFull(StoreUnavailable):
+    """Redis answers but takes nothing more: it is out of memory, or of disk."""
+
+
+class StoreRefused(StoreUnavailable):
+    """Redis can't be used, and waiting would not help: a wrong password, a right that is missing, a name nobody knows."""
+
+
+class NoRoom(MimoqError):
+    """Redis would have no room for the answers of what was to be submitted; nothing was."""
 
 
 class EmbeddedServerError(MimoqError):

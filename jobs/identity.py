@@ -47,3 +47,9 @@ def run_identity(content: str, bad: int, endpoint: str, model: str | None, upstr
     """
     text = "\n".join(("run", content, str(bad), endpoint, model or "", upstream))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def key_identity(idempotency_key: str) -> str:
+    """What an idempotency key is stored as: a keyed digest, 32 hex digits. The key may hold any text."""
+    text = idempotency_key.encode(errors="surrogatepass")
+    return hashlib.blake2b(text, key=b"mimoq idempotency key", digest_size=16).hexdigest()

@@ -19,7 +19,13 @@ LEASES = PREFIX + "leases"  # zset: fencing token -> unix time its lease ends
 WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbeat
 REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
 ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another Redis than this one
-REVOKED = PREFIX + "revoked"  # list: `<job id>:<cancelled or expired>:<retention>`, to be told to that other Redis
+REVOKED = PREFIX + "revoked"  # list: `<job id> <result>` of cancelled or expired jobs, to be told to that other Redis
+RETIRING = (
+    PREFIX + "retiring"
+)  # hash: batch id -> `<next index>:<total>:<unix time its results go>`, until all are told
+ROUNDS = PREFIX + "rounds"  # hash: last = unix time of the reaper's last round, patient_until
+DEATHS = PREFIX + "deaths"  # zset: worker id -> unix time of its last heartbeat, of those whose lease ran out lately
+QUARANTINED = PREFIX + "quarantined"  # string: the worker that calls what may kill it, with expiry
 LIMITS = PREFIX + "limits"  # zset: `<account>:<model>` of every limit record -> unix time it was last used
 
 LANES = ("interactive", "bulk")
@@ -60,6 +66,16 @@ def retries(batch_id: str) -> str:
     return f"{PREFIX}batch:{batch_id}:retries"
 
 
+def suspects(batch_id: str) -> str:
+    """hash: job index -> crashes of workers that were alone with it, of jobs that may kill their worker."""
+    return f"{PREFIX}batch:{batch_id}:suspects"
+
+
+def strays(batch_id: str) -> str:
+    """set: `<fencing token>:<index>` of leases that have told what they spent on a job that did not end by them."""
+    return f"{PREFIX}batch:{batch_id}:strays"
+
+
 def done(batch_id: str) -> str:
     """string: the indexes of ended jobs in the order of their ends, 4 bytes each, little-endian."""
     return f"{PREFIX}batch:{batch_id}:done"
@@ -75,13 +91,18 @@ def lane(name: str, label: str) -> str:
     return f"{PREFIX}lane:{name}:{label}"
 
 
+def quarantine(name: str, label: str) -> str:
+    """zset: batch id -> unix time, of batches with jobs in quarantine; these are in the batch's list `quarantine`."""
+    return f"{PREFIX}quarantine:{name}:{label}"
+
+
 def turn(name: str) -> str:
     """string: the virtual time of a lane, at which a batch that becomes ready joins."""
     return f"{PREFIX}turn:{name}"
 
 
 def lease(token: str) -> str:
-    """hash: worker, batch, indexes, crashes, jobs left."""
+    """hash: worker, batch, indexes, crashes, jobs left, alone, c<index> = calls let through; '' for what all begin with."""
     return f"{PREFIX}lease:{token}"
 
 

@@ -43,6 +43,19 @@ class Usage(msgspec.Struct, frozen=True):
             self.total_tokens + other.total_tokens,
         )
 
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens - other.prompt_tokens,
+            self.completion_tokens - other.completion_tokens,
+            self.reasoning_tokens - other.reasoning_tokens,
+            self.cached_tokens - other.cached_tokens,
+            self.total_tokens - other.total_tokens,
+        )
+
+
+#: Of no call.
+NO_USAGE = Usage()
+
 
 class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
     """One call of the upstream: when (unix seconds), by which account, what came back and what was made of it."""
@@ -113,19 +126,6 @@ def failure_payload(job_id: str, about: About, compress: bool) -> bytes:
         "exc_module": "builtins",
     }
     return _pack(job_id, b"FAILURE", _encode(exception), about, compress)
-
-
-def revoked_payload(job_id: str, why: str) -> bytes:
-    """The stored value of a job that was `cancelled` or has `expired`; the scripts write the same."""
-    exception = {"exc_type": "TaskRevokedError", "exc_message": [why], "exc_module": "celery.exceptions"}
-    value: dict[str, Any] = {
-        "status": "REVOKED",
-        "result": exception,
-        "traceback": None,
-        "children": [],
-        "date_done": None,
-    }
-    return _encode({**value, "task_id": job_id})
 
 
 def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: bool) -> bytes:

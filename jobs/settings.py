@@ -100,6 +100,10 @@ class Settings(BaseSettings):
     )
     max_line_bytes: Positive = Field(20_000_000, description="Longest accepted input line, in bytes.")
     result_ttl_s: Positive = Field(30 * 86_400, description="Seconds a result is kept, and a batch after its end.")
+    store_patience_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        60.0,
+        description="Seconds that producers and the command line wait for a store that is away before they give up.",
+    )
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30.0, description="Seconds that calls in flight get to end when a worker is told to stop."
     )
@@ -145,7 +149,16 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value())
+            _ = parts.port
+        except ValueError:  # whose message may hold a part of the password
+            raise ValueError(
+                "can't be read; in its user and password, write /, #, ?, @ and : as %2F and so on"
+            ) from None
+        if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return value
 

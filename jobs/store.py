@@ -1,33 +1,32 @@
 """The store: batches and jobs in Redis, as producers and readers see them.
 
-What goes wrong here: a submit that is cut anywhere leaves requests that expire and no batch; a Redis that is away raises
-`StoreUnavailable`. The workers' side (claims, ends, leases) is in `jobs.leases`.
+What goes wrong here: a Redis that is away is waited for as `jobs.patience` says, then raises `StoreUnavailable`. How a batch
+gets in is in `jobs.submission`, the workers' side (claims, ends, leases) in `jobs.leases`.
 """
 
 from __future__ import annotations
 
-import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs import keys
-from jobs.blocks import decode_block, decode_large, encode_blocks
-from jobs.errors import Conflict, MimoqError, NotFound, StoreUnavailable
+from jobs.blocks import decode_block, decode_large
+from jobs.connections import redis_errors
+from jobs.errors import NotFound
+from jobs.patience import Patience, no_patience, patient
 from jobs.requests import Request
 from jobs.results import StoredResult, Usage, decode_result
+from jobs.room import Room
 from jobs.scripts import Script
 from jobs.states import TERMINAL, BatchState, JobState, job_id
+from jobs.submission import NewBatch as NewBatch
+from jobs.submission import Submission, Submitted
 
 if TYPE_CHECKING:
     import redis
 
-#: Seconds that staged requests live on after the last write of a submit that was cut.
-STAGING_TTL_S = 3600
-#: Bytes written to Redis in one pipeline while submitting.
-PIPELINE_BYTES = 1_000_000
 #: Jobs one call of the sweeping and requeueing scripts looks at.
 SCRIPT_JOBS = 2_000
 #: A span of states up to this many bytes is read at once rather than byte by byte.
@@ -35,34 +34,11 @@ STATES_BYTES = 16_384
 #: Results read in one round trip.
 READ_JOBS = 200
 
-#: What is said when Redis answers, but can't write its append-only file.
-DISK_FULL = "Redis can't write to its disk: make room there; nothing was lost"
-
-NO_USAGE = Usage()
-
-_create = Script("create")
 _cancel = Script("cancel")
 _sweep = Script("sweep")
 _requeue = Script("requeue")
 _pause = Script("pause")
-
-
-@dataclass(frozen=True, slots=True)
-class NewBatch:
-    """What a batch is created with; times in seconds."""
-
-    batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
-    lane: str = "bulk"
-    label: str = ""
-    slice_size: int = 50
-    ttl_s: int = 30 * 86_400
-    max_attempts: int | None = None
-    deadline_s: float | None = None
-    identity: str = ""
-    content: str = ""
-    answered: bytes = b""
-    answered_usage: Usage = NO_USAGE
-    metadata: str = ""
+_retention = Script("retention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,111 +71,30 @@ class BatchStatus:
         return self.succeeded + self.failed + self.cancelled + self.expired
 
 
-@contextmanager
-def redis_errors() -> Iterator[None]:
-    """Turns errors of redis-py into `StoreUnavailable` with a line for people."""
-    import redis
-
-    try:
-        yield
-    except redis.exceptions.OutOfMemoryError:
-        raise StoreUnavailable("Redis is out of memory: free some, or raise its maxmemory; nothing was lost") from None
-    except redis.RedisError as error:
-        if "MISCONF" in str(error):
-            raise StoreUnavailable(DISK_FULL) from None
-        raise StoreUnavailable(f"Redis does not answer ({type(error).__name__}); nothing was lost") from None
-
-
 class Store:
     """The producers' and readers' side of the store, on a sync Redis client.
 
-    `results` reads stored results by job id; it is the same Redis unless results go elsewhere.
+    `results` reads stored results by job id; it is the same Redis unless results go elsewhere. While Redis is away each
+    call waits as `patience` says, not at all unless it is given.
     """
 
-    def __init__(self, client: redis.Redis, results: redis.Redis | None = None) -> None:
+    def __init__(
+        self, client: redis.Redis, results: redis.Redis | None = None, patience: Patience | None = None
+    ) -> None:
         self.client: Any = client
+        self.patience = patience if patience is not None else no_patience()
         self._results: Any = results if results is not None else client
+        self._room = Room(self.client, self._results)
 
     # -- submitting
 
     def submit(
         self, requests: Iterable[Request], new: NewBatch, progress: Callable[[int], None] | None = None
-    ) -> tuple[str, int, bool]:
-        """Writes a batch: staged in pipelined blocks, then created in one step.
+    ) -> Submitted:
+        """Writes a batch: staged in pipelined blocks, then created in one step. See `jobs.submission`."""
+        return Submission(self.client, new, self.patience, self._room, progress).submit(requests)
 
-        Returns `(batch id, jobs, created)`; `created` is False when a batch of the same identity and content was there.
-        Raises `Conflict` when the identity stands for another content.
-        """
-        staged = keys.staged(new.batch_id, secrets.token_hex(6))
-        with redis_errors(), self._unstaging(staged):
-            total = 0
-            size = 0
-            pipe = self.client.pipeline(transaction=False)
-            for fields, count in encode_blocks(requests, new.slice_size):
-                total += count
-                size += sum(map(len, fields.values()))
-                pipe.hset(staged, mapping=fields)
-                if size > PIPELINE_BYTES:
-                    self._flush(pipe, staged)
-                    size = 0
-                    if progress is not None:
-                        progress(total)
-            self._flush(pipe, staged)
-            if total == 0:
-                raise MimoqError("a batch needs at least one request")
-            word, batch_id = self._create(staged, total, new)
-        if word == "conflict":
-            raise Conflict(f"this idempotency key stands for batch {batch_id}, which has another content")
-        if word == "unstaged":
-            raise StoreUnavailable("the requests expired while they were being written; submit again")
-        return batch_id, total, word == "created"
-
-    @contextmanager
-    def _unstaging(self, staged: str) -> Iterator[None]:
-        """Frees at the end what was staged and is no batch's, at once where Redis can be asked: it may be out of memory."""
-        import redis
-
-        try:
-            yield
-        finally:
-            with suppress(redis.RedisError):
-                self.client.unlink(staged)
-
-    def _flush(self, pipe: Any, staged: str) -> None:
-        pipe.expire(staged, STAGING_TTL_S)
-        pipe.execute()
-
-    def _create(self, staged: str, total: int, new: NewBatch) -> tuple[str, str]:
-        usage = new.answered_usage
-        fields: list[Any] = []
-        if new.max_attempts is not None:
-            fields += ["max_attempts", new.max_attempts]
-        if new.metadata:
-            fields += ["metadata", new.metadata]
-        if usage != Usage():
-            for name in Usage.__struct_fields__:
-                fields += [name, getattr(usage, name)]
-        reply = _create(
-            self.client,
-            [keys.PREFIX, staged],
-            [
-                new.batch_id,
-                new.lane,
-                new.label,
-                total,
-                new.slice_size,
-                new.identity,
-                new.content,
-                new.ttl_s,
-                "" if new.deadline_s is None else new.deadline_s,
-                new.answered,
-                new.answered.count(b"s"),
-                new.answered.count(b"f"),
-                *fields,
-            ],
-        )
-        return reply[0].decode(), reply[1].decode() if len(reply) > 1 else new.batch_id
-
+    @patient
     def batch_of_identity(self, identity: str) -> str | None:
         """The batch that a content identity stands for, if it is still kept."""
         with redis_errors():
@@ -208,6 +103,7 @@ class Store:
                 return None
             return str(found.decode())
 
+    @patient
     def forget_identity(self, identity: str) -> None:
         """Lets the next submit of this identity begin a new batch."""
         with redis_errors():
@@ -215,6 +111,7 @@ class Store:
 
     # -- reading
 
+    @patient
     def status(self, batch_id: str) -> BatchStatus:
         """One look at a batch. Raises `NotFound`."""
         with redis_errors():
@@ -245,6 +142,7 @@ class Store:
             **number,
         )
 
+    @patient
     def kept_batches(self, limit: int = 20) -> list[str]:
         """Ids of the newest batches that are still kept, newest first; forgets those that are not."""
         with redis_errors():
@@ -257,6 +155,7 @@ class Store:
                 self.client.zrem(keys.BATCHES, *gone)
         return kept
 
+    @patient
     def job_state(self, batch_id: str, index: int) -> JobState:
         """The state of one job. Raises `NotFound`."""
         with redis_errors():
@@ -273,17 +172,20 @@ class Store:
             return JobState.RUNNING
         return TERMINAL[closing[0]] if closing else JobState.QUEUED
 
+    @patient
     def done(self, batch_id: str, start: int, limit: int = READ_JOBS) -> list[int]:
         """Indexes of ended jobs in the order of their ends, from position `start` on."""
         with redis_errors():
             raw = self.client.getrange(keys.done(batch_id), 4 * start, 4 * (start + limit) - 1)
         return list(struct.unpack(f"<{len(raw) // 4}I", raw))
 
+    @patient
     def states(self, batch_id: str) -> bytes:
         """A byte a job as far as any ended: NUL while not terminal, else its letter (`jobs.states.LETTERS`)."""
         with redis_errors():
             return bytes(self.client.get(keys.states(batch_id)) or b"")
 
+    @patient
     def states_of(self, batch_id: str, indexes: list[int]) -> list[JobState | None]:
         """The terminal states of these jobs; None for one that has not ended."""
         if not indexes:
@@ -298,6 +200,7 @@ class Store:
                 pipe.getrange(keys.states(batch_id), index, index)
             return [TERMINAL.get(byte[0]) if byte else None for byte in pipe.execute()]
 
+    @patient
     def results(self, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
         """Stored results of these jobs; None where there is none (not ended, or expired)."""
         if not indexes:
@@ -306,6 +209,7 @@ class Store:
             found = self._results.mget([keys.result(job_id(batch_id, index)) for index in indexes])
         return [None if payload is None else decode_result(payload) for payload in found]
 
+    @patient
     def requests(self, batch_id: str, indexes: Iterable[int], slice_size: int) -> dict[int, Request]:
         """The requests of these jobs, by index; those that are no longer kept are missing."""
         wanted = dict.fromkeys(indexes)
@@ -326,6 +230,7 @@ class Store:
 
     # -- changing
 
+    @patient
     def cancel(self, batch_id: str) -> BatchStatus:
         """Stops a batch at once and writes the ends of its queued jobs. Raises `NotFound`."""
         with redis_errors():
@@ -343,6 +248,7 @@ class Store:
         """Lets a paused batch go on, whatever it paused for; returns its state. Raises `NotFound`."""
         return self._set_paused(batch_id, BatchState.RUNNING)
 
+    @patient
     def _set_paused(self, batch_id: str, state: BatchState) -> BatchState:
         with redis_errors():
             word = _pause(self.client, [keys.PREFIX], [batch_id, state.value]).decode()
@@ -350,12 +256,14 @@ class Store:
             raise NotFound(f"there is no batch {batch_id}")
         return BatchState(word)
 
+    @patient
     def next_retry(self, batch_id: str) -> float | None:
         """The earliest `not_before` (unix seconds) of the batch's jobs that wait for a retry; None for none."""
         with redis_errors():
             found: Any = self.client.zrange(keys.retries(batch_id), 0, 0, withscores=True)
         return float(found[0][1]) if found else None
 
+    @patient
     def unfinished(self, label: str) -> list[str]:
         """Ids of batches bound to this upstream that workers would go on with, oldest first."""
         with redis_errors():
@@ -367,17 +275,20 @@ class Store:
         going_on = [label.encode(), b"running"]
         return [batch_id for batch_id, reply in zip(found, replies, strict=True) if reply == going_on]
 
+    @patient
     def disk_full(self) -> bool:
         """Whether Redis can't write its append-only file; it still answers reads then."""
         with redis_errors():
             return bool(self.client.info("persistence").get("aof_last_write_status", "ok") != "ok")
 
+    @patient
     def set_max_attempts(self, batch_id: str, max_attempts: int) -> None:
         """Changes how often the jobs of a batch are called at most; holds for slices claimed from now on."""
         with redis_errors():
             if self.client.exists(keys.batch(batch_id)):  # half a record of a batch that is no longer kept helps nobody
                 self.client.hset(keys.batch(batch_id), "max_attempts", max_attempts)
 
+    @patient
     def requeue_failed(self, batch_id: str) -> int:
         """Queues the failed jobs of a batch again; returns how many."""
         again, start = 0, 0
@@ -387,7 +298,23 @@ class Store:
                     self._forget_failures(batch_id, start)
                 count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
                 again += count
+            if again:
+                self._keep_results(batch_id)
         return again
+
+    def _keep_results(self, batch_id: str) -> None:
+        """The answers of a batch that was finished and goes on are kept with it."""
+        start = 0
+        if self._results is self.client:
+            while start >= 0:
+                start = _retention(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
+            return
+        total = int(self.client.hget(keys.batch(batch_id), "total") or 0)
+        for start in range(0, total, SCRIPT_JOBS):
+            pipe = self._results.pipeline(transaction=False)
+            for index in range(start, min(total, start + SCRIPT_JOBS)):
+                pipe.persist(keys.result(job_id(batch_id, index)))
+            pipe.execute()
 
     def _forget_failures(self, batch_id: str, start: int) -> None:
         """Takes failures that are to be queued again out of the other Redis; before that, so that no new result goes."""

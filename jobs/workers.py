@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from jobs import keys
-from jobs.store import redis_errors
+from jobs.connections import redis_errors
 
 if TYPE_CHECKING:
     import redis

@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from jobs.errors import MimoqError
 from producers.workers import Workers
+
+if TYPE_CHECKING:
+    from jobs.settings import Settings
+    from producers.connection import Connection
 
 app = typer.Typer(
     name="mimoq",
@@ -84,7 +89,7 @@ def _usage(error: Exception) -> int:
     raise error
 
 
-def _settings(**overrides: Any) -> Any:
+def _settings(**overrides: Any) -> Settings:
     from jobs.settings import load_settings
 
     return load_settings(**overrides)
@@ -171,24 +176,49 @@ def submit(
     model: Model = None,
     lane: Lane = "bulk",
     max_attempts: Annotated[int | None, typer.Option(metavar="N", min=1, help="Attempts of one job.")] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option("--deadline", metavar="SECONDS", help="What has not ended by then expires.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="The same key again gives the same batch.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> int:
     """Queue a file of requests for workers; prints the batch id alone."""
-    from producers.producer import Producer
+    from producers.producer import new_batch
     from producers.reader import Defaults, requests
-    from producers.source import judge, opened_input
+    from producers.source import judge, opened_input, say
 
     settings = _settings(model=model, data_dir=data_dir)
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
+    new = new_batch(settings, lane, max_attempts, deadline_s, idempotency_key)
     with opened_input(source, settings.data_dir) as (file, _):
         judge(file, defaults, settings, skip_invalid=False)
         file.seek(0)
         good = (
             found for _, found in requests(file, defaults, settings.max_line_bytes) if not isinstance(found, Exception)
         )
-        with Producer(model=model, data_dir=data_dir) as producer:
-            print(producer.submit_many(good, lane=lane, max_attempts=max_attempts))
+        with _connected(settings) as connection:
+            batch_id, jobs, created = connection.store.submit(good, new)
+            print(batch_id, flush=True)  # before the rings, for which a broker may let us wait
+            if created:
+                connection.ring(batch_id, lane, "", jobs)
+            else:
+                say(f"batch {batch_id} of this idempotency key was there already; nothing was submitted again")
     return 0
+
+
+@contextlib.contextmanager
+def _connected(settings: Settings) -> Iterator[Connection]:
+    """The store of the settings, waited for with a line on stderr."""
+    from producers.connection import Connection
+    from producers.source import say
+
+    connection = Connection(settings, say)
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 @app.command()
@@ -198,14 +228,10 @@ def status(
     data_dir: DataDir = None,
 ) -> int:
     """Show batches, workers, and gates that are shut."""
-    from producers.connection import Connection
     from producers.status import show_status
 
-    connection = Connection(_settings(data_dir=data_dir))
-    try:
+    with _connected(_settings(data_dir=data_dir)) as connection:
         show_status(connection, batch, json)
-    finally:
-        connection.close()
     return 0
 
 
@@ -220,11 +246,9 @@ def results(
 ) -> int:
     """Print what is finished of a batch as output lines, failures included."""
     from jobs.errors import UsageError
-    from producers.connection import Connection
     from producers.follow import Follower
 
-    connection = Connection(_settings(data_dir=data_dir))
-    try:
+    with _connected(_settings(data_dir=data_dir)) as connection:
         follower = Follower(connection.store, batch)
         try:
             sink = output.open("wb") if output is not None else sys.stdout.buffer
@@ -244,22 +268,16 @@ def results(
             if output is not None:
                 with contextlib.suppress(OSError):  # what a full disk left in its buffer
                     sink.close()
-    finally:
-        connection.close()
     return 0
 
 
 @app.command()
 def cancel(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: DataDir = None) -> int:
     """Cancel a batch: queued jobs at once, those in flight within seconds; answers that came are kept."""
-    from producers.connection import Connection
     from producers.source import say
 
-    connection = Connection(_settings(data_dir=data_dir))
-    try:
+    with _connected(_settings(data_dir=data_dir)) as connection:
         found = connection.store.cancel(batch)
-    finally:
-        connection.close()
     say(
         f"batch {batch}: {found.cancelled:,} cancelled, {found.succeeded:,} answered, {found.running:,} still in flight"
     )
@@ -279,14 +297,10 @@ def resume(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: Dat
 
 
 def _set_paused(batch: str, data_dir: Path | None, *, paused: bool) -> int:
-    from producers.connection import Connection
     from producers.source import say
 
-    connection = Connection(_settings(data_dir=data_dir))
-    try:
+    with _connected(_settings(data_dir=data_dir)) as connection:
         state = connection.store.pause(batch) if paused else connection.store.resume(batch)
-    finally:
-        connection.close()
     say(f"batch {batch} is {state}")
     return 0
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from jobs.connections import redis_errors
 from jobs.errors import StoreUnavailable
 from jobs.results import StoredResult, output_line
 from jobs.states import BatchState, JobState, job_id
-from jobs.store import READ_JOBS, Store, redis_errors
+from jobs.store import READ_JOBS, Store
 
 #: Seconds a follower waits for a message before it looks by itself.
 LOOK_S = 1.0
@@ -60,16 +61,14 @@ class Follower:
         # One without a state is queued again; its next end comes later.
         ended = [(index, state) for index, state in zip(fresh, states, strict=True) if state is not None]
         found = self._store.results(self.batch_id, [index for index, _ in ended])
-        nameless = [
-            index for (index, _), stored in zip(ended, found, strict=True) if stored is None or stored.mimoq is None
-        ]
+        nameless = [index for (index, _), stored in zip(ended, found, strict=True) if _nameless(stored)]
         requests = self._store.requests(self.batch_id, nameless, self.slice_size) if nameless else {}
         rows = []
         for (index, state), stored in zip(ended, found, strict=True):
-            if stored is not None and stored.mimoq is not None:
-                custom_id = stored.mimoq.custom_id
+            if index in requests:
+                custom_id = requests[index].custom_id
             else:
-                custom_id = requests[index].custom_id if index in requests else None
+                custom_id = stored.mimoq.custom_id if stored is not None and stored.mimoq is not None else None
             rows.append(Ended(self.batch_id, index, state, custom_id, stored))
         # Only now, so that a store that went away in between is asked for the same again.
         self._position += len(indexes)
@@ -94,6 +93,11 @@ class Follower:
 
     def _marked(self, index: int) -> bool:
         return index >> 3 < len(self._seen) and bool(self._seen[index >> 3] >> (index & 7) & 1)
+
+
+def _nameless(stored: StoredResult | None) -> bool:
+    """Whether a result does not tell its job's custom id: none is kept, or a script wrote it."""
+    return stored is None or stored.mimoq is None or stored.status == "REVOKED"
 
 
 class Listener:

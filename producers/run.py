@@ -24,7 +24,8 @@ from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
 from jobs.results import Usage
 from jobs.settings import PREFIX, Settings, as_text
 from jobs.states import BatchState
-from jobs.store import BatchStatus, NewBatch
+from jobs.store import BatchStatus
+from jobs.submission import NewBatch
 from producers.connection import Connection
 from producers.interrupts import Interrupts
 from producers.output import check_paths, default_output, error_file
@@ -108,7 +109,7 @@ class Run:
         own = options.workers if options.workers is not None else (0 if settings.redis_url is not None else 1)
         if options.simulate:
             own = max(own, 1)  # nobody else's worker takes simulated work
-        self._connection = Connection(settings)
+        self._connection = Connection(settings, say)
         defaults = Defaults(options.endpoint, None if settings.endpoint_path else settings.model)
         report = judge(file, defaults, settings, options.skip_invalid)
         label = identity.label(settings)
@@ -117,7 +118,8 @@ class Run:
         try:
             batch_id, queued = self._batch(file, defaults, report, run_identity, label, rows)
             # Every run may try its key at once; before workers begin, so that what they meet is later.
-            opened_at = open_gate(self._connection.client, identity.account_of(settings))
+            account = identity.account_of(settings)
+            opened_at = self._connection.patience.call(open_gate, self._connection.client, account)
             if own and self._connection.store.status(batch_id).state is not BatchState.FINISHED:
                 self._name_others(batch_id, label)
                 self._begin_workers(own, settings, (batch_id, "bulk", label, self._connection.slices(queued)))

@@ -22,11 +22,11 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
 
     As JSON an object a batch, each with the shut gates of this user's account.
     """
-    store = connection.store
+    store, client, wait = connection.store, connection.client, connection.patience.call
     statuses = [store.status(id) for id in ([batch] if batch is not None else store.kept_batches(SHOWN))]
     own = identity.account_of(connection.settings)
     if as_json:
-        gates = gates_of(connection.client, own) if statuses else []
+        gates = wait(gates_of, client, own) if statuses else []
         for status in statuses:
             sys.stdout.write(msgspec.json.encode({**dataclasses.asdict(status), "gates": gates}).decode() + "\n")
         return
@@ -43,11 +43,11 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
         print(line + (f"  ({status.reason})" if status.reason else ""))
     if not statuses:
         print("no batches")
-    workers = live_workers(connection.client)
+    workers = wait(live_workers, client)
     print(f"{len(workers)} live worker{'' if len(workers) == 1 else 's'}")
     for account in sorted({worker.account for worker in workers} | {own}):
-        for gate in gates_of(connection.client, account):
-            print(gate_line(gate, server_time(connection.client)))
+        for gate in wait(gates_of, client, account):
+            print(gate_line(gate, wait(server_time, client)))
     for bound in sorted({bound for worker in workers for bound in worker.bounds}):
         print(f"held back by {bound}")
 

@@ -25,37 +25,10 @@ from producers.workers import Workers
 TICK_S = 0.25
 #: Seconds a wait for a message lasts at most, so that signals are seen.
 LISTEN_S = 0.1
-#: Seconds a run waits for a store that is away.
-PATIENCE_S = 60.0
 #: Rows written to the output files together.
 WRITE_ROWS = 200
 #: Reasons of a gate that end a run whose first calls met it.
 REFUSALS = ("key_refused", "forbidden")
-
-
-class Patience:
-    """How long a run waits for a store that is away, and what it says meanwhile."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._since: float | None = None
-
-    def found(self) -> None:
-        """The store answers."""
-        if self._since is not None:
-            self._since = None
-            say("the store answers again")
-
-    def lost(self, error: StoreUnavailable) -> None:
-        """It does not. Raises the error after `PATIENCE_S`, or `EmbeddedServerError` when ours is given up."""
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-            say(f"waiting for the store: {error}")
-        elif now - self._since > PATIENCE_S:
-            raise error
-        if self._connection.server is not None:
-            self._connection.server.ensure()
 
 
 class Watch:
@@ -76,6 +49,8 @@ class Watch:
         opened_at: float,
     ) -> None:
         self._connection = connection
+        # Signals and workers are seen to while the store is away, so no call waits for it here.
+        self._store = connection.bare
         self._rows = rows
         self._workers = workers
         self._simulation = simulation
@@ -89,24 +64,23 @@ class Watch:
         self._leave_by = 0.0
         self.paused = ""
         self.status = self._first = connection.store.status(batch_id)
-        self._follower = Follower(connection.store, batch_id, rows.written)
+        self._follower = connection.patience.call(Follower, self._store, batch_id, rows.written)
 
     def watch(self, shown: Display) -> bool:
         """Whether the batch is finished and all its rows are written; False after Ctrl-C, or when it paused by itself.
 
         Raises `KeyRefused`, or whatever ends a run before its time: a full disk, a store or workers that stay away.
         """
-        interrupts, store, batch_id = self._interrupts, self._connection.store, self.status.batch_id
-        interrupts.following = True
+        interrupts, patience = self._interrupts, self._connection.patience
         if not self._workers.begun and self.status.state is not BatchState.FINISHED:
             self._look_for_workers()
+        interrupts.following = True
         next_tick = 0.0
-        patience = Patience(self._connection)
-        with contextlib.closing(shown), Listener(store, batch_id) as listener:
+        with contextlib.closing(shown), Listener(self._store, self.status.batch_id) as listener:
             while True:
                 leaving = bool(interrupts.count) and self._leave()
                 drained = bool(self.paused) and not (self._workers.begun and self._workers.alive)
-                written = more = False
+                written = more = away = False
                 try:
                     self.status = self._look()
                     if self.status.state is BatchState.FINISHED:
@@ -123,11 +97,14 @@ class Watch:
                         self._check_key()
                     patience.found()
                 except StoreUnavailable as error:
-                    patience.lost(error)
-                if leaving and (written or interrupts.count > 1):
+                    away = True
+                    if not leaving:
+                        patience.lost(error)
+                if leaving and (written or away or interrupts.count > 1):
                     return False
                 if self.status.state is BatchState.FINISHED and written:
-                    shown.show(self._view(time.monotonic()))
+                    with contextlib.suppress(StoreUnavailable):  # all is written: only the last look is missing
+                        shown.show(self._view(time.monotonic()))
                     return True
                 if drained and written and (not self.status.running or time.monotonic() > self._leave_by):
                     return False
@@ -136,7 +113,7 @@ class Watch:
 
     def _look(self) -> BatchStatus:
         try:
-            return self._connection.store.status(self.status.batch_id)
+            return self._store.status(self.status.batch_id)
         except NotFound:
             raise MimoqError(
                 "the store has lost the batch: was it emptied, or restarted without its append-only file? "
@@ -162,7 +139,7 @@ class Watch:
     def _keep_alive(self) -> None:
         if self._connection.server is not None:
             self._connection.server.ensure()
-            if self._connection.store.disk_full():
+            if self._store.disk_full():
                 folder = self._connection.settings.data_dir
                 raise MimoqError(f"the disk of {folder} is full: make room, and run the same command again")
         self._workers.ensure()
@@ -170,7 +147,8 @@ class Watch:
             self._simulation.check()
 
     def _look_for_workers(self) -> None:
-        alive = [worker for worker in live_workers(self._connection.client) if "bulk" in worker.lanes]
+        found = self._connection.patience.call(live_workers, self._connection.client)
+        alive = [worker for worker in found if "bulk" in worker.lanes]
         if any(worker.label == self._label for worker in alive):
             return
         if alive:
@@ -189,7 +167,7 @@ class Watch:
             wait_s = gates[0].wait_s(server_time(self._connection.client))
             held_back = f"gate: {gates[0].reason}, next call in {wait_s:.0f} s"
         elif not held_back and status.queued and not status.running:
-            not_before = self._connection.store.next_retry(status.batch_id)
+            not_before = self._store.next_retry(status.batch_id)
             if not_before is not None:
                 held_back = f"retries: next in {max(0.0, not_before - time.time()):.0f} s"
         if self.paused:
@@ -222,7 +200,7 @@ class Watch:
             )
         if gate.reason in REFUSALS:
             self._workers.end()
-            self.status = self._connection.store.status(self.status.batch_id)
+            self.status = self._store.status(self.status.batch_id)
             raise KeyRefused(
                 f"the upstream refuses the API key ({gate.status}): no job failed for it; "
                 f"set another {PREFIX}API_KEY and run the same command again"
@@ -240,5 +218,5 @@ class Watch:
             self._workers.stop()
             # So that another run in this folder does not go on with what was stopped; the same command does.
             with contextlib.suppress(StoreUnavailable, NotFound):
-                self._connection.store.pause(self.status.batch_id)
+                self._store.pause(self.status.batch_id)
         return self._workers.alive == 0

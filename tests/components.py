@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,9 +28,9 @@ def require(component: str, reason: str) -> NoReturn:
 
 
 class Valkey:
-    """A Valkey server of the tests' own: on a unix socket alone, keeping nothing on disk."""
+    """A Valkey server of the tests' own, on a unix socket alone; it keeps nothing on disk, or (`durable`) all it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = False) -> None:
         """Starts it and returns once it answers; skips (in CI: fails) the test where there is no server program."""
         try:
             program = server_program()
@@ -40,17 +42,21 @@ class Valkey:
         self._log = self._folder / "valkey.log"
         self.url = f"unix://{self._socket}"
         options = (
-            f"--port 0 --unixsocketperm 700 --save --appendonly no --unixsocket {self._socket} --dir {self._folder}"
+            f"--port 0 --unixsocketperm 700 --save --appendonly {'yes' if durable else 'no'} "
+            f"--unixsocket {self._socket} --dir {self._folder}"
         )
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [program, *options.split()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        self._argv = [program, *options.split()]
         try:
-            wait_for(self._answers, what="an answer of Valkey")
+            self.start()
         except BaseException:
             self.stop()
             raise
+
+    def start(self) -> None:
+        """Starts it (again) and returns once it answers."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_for(self._answers, what="an answer of Valkey")
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, f"Valkey ended: {self._log.read_text(errors='replace')[-1000:]}"
@@ -62,8 +68,113 @@ class Valkey:
         """Removes everything in it."""
         assert ask(self._socket, "FLUSHALL SYNC", timeout_s=10.0) == "+OK"
 
-    def stop(self) -> None:
-        """Ends it at once and removes its folder."""
+    def kill(self) -> None:
+        """`kill -9`."""
         self._process.kill()
         self._process.wait()
+
+    def pause(self) -> None:
+        """It keeps its connections, and says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """The end of a pause."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Ends it at once and removes its folder."""
+        self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class RabbitMQ:
+    """A RabbitMQ node of the tests' own: on loopback alone, its files and its epmd its own too."""
+
+    PROGRAM = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+    def __init__(self) -> None:
+        """Starts it and returns once it takes connections, some seconds later."""
+        # Debian's wrapper on PATH would become another user; elsewhere the program itself is on PATH.
+        program = self.PROGRAM if self.PROGRAM.exists() else shutil.which("rabbitmq-server")
+        if program is None:
+            require("rabbitmq", "no rabbitmq-server; install it, as .ci/run does")
+        self._argv = [str(program)]
+        self._folder = Path(tempfile.mkdtemp(prefix="mimoq-test-", dir="/tmp"))
+        self._log = self._folder / "said"
+        self.port, distribution, epmd = _free_ports(3)
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        (self._folder / "plugins").write_text("[].\n")
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RABBITMQ_")},
+            "HOME": str(self._folder),  # the cookie of Erlang's nodes is in it
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(epmd),
+            "ERL_EPMD_RELAXED_COMMAND_CHECK": "true",  # lets it be ended at once, whoever it thinks it knows
+            "RABBITMQ_NODENAME": f"mimoq-{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(distribution),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
+            "RABBITMQ_MNESIA_BASE": str(self._folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self._folder / "log"),
+            "RABBITMQ_PID_FILE": str(self._folder / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._folder / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(self._folder / "none"),
+            "RABBITMQ_CONF_ENV_FILE": str(self._folder / "none.sh"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self._folder / "none.config"),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self) -> None:
+        """Starts it (again), with what it kept of durable queues."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._argv,
+                env=self._environment,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(self._answers, 60.0, "a RabbitMQ that takes connections")
+
+    def _answers(self) -> bool:
+        """It listens before it is ready, and only then greets."""
+        assert self._process is not None
+        assert self._process.poll() is None, f"RabbitMQ ended: {self._log.read_text(errors='replace')[-2000:]}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0) as connection:
+            connection.settimeout(5.0)
+            connection.sendall(b"AMQP\x00\x00\x09\x01")
+            return connection.recv(1) == b"\x01"  # a method frame: connection.start
+        return False
+
+    def kill(self) -> None:
+        """`kill -9` of the node."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def stop(self) -> None:
+        """Ends it at once, its epmd too, and removes its folder."""
+        self.kill()
+        if epmd := shutil.which("epmd"):
+            subprocess.run([epmd, "-kill"], env=self._environment, stdout=subprocess.DEVNULL, check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on at present."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(count):
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            found.append(listener.getsockname()[1])
+        return found

@@ -15,6 +15,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,7 @@ class Engine:
         self.account = identity.account_of(settings)
         self.limiter = Limiter(client, settings, self.account, worker_id)
         self.lines = Lines(self.limiter, self)
-        self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self._welcome)
+        self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self.welcome)
         self.outside = Outside(client, results) if results is not None else None
         self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go)
         self.estimates = Estimates(settings.estimate_completion_tokens)
@@ -81,6 +82,8 @@ class Engine:
         self.flying: dict[str, tuple[Run, asyncio.Task[None]]] = {}  # by reservation
         self._serves_interactive = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._drain: asyncio.Timeout | None = None
+        self._hurried = False
         self._on_death = on_death
         self._compress = settings.result_compression == "gzip"
 
@@ -116,12 +119,12 @@ class Engine:
     @property
     def bounds(self) -> list[str]:
         """What holds the lines back at present."""
-        return self.lines.bounds
+        return [*self.lines.bounds, "quarantine"] if self.intake.withdrawn else self.lines.bounds
 
     def _may_start(self) -> bool:
         """Whether calls may start: the store takes what they bring, and leases were renewed lately enough."""
         fresh = time.monotonic() - self.renewed_at < LEASE_S * 2 / 3
-        return fresh and not self.stopping and not self.flusher.failing
+        return fresh and not (self.stopping or self.flusher.failing or self.flusher.full)
 
     def free(self, lane: str) -> int:
         """How many more calls of the lane may start now; where both lanes are served some are kept from bulk."""
@@ -151,7 +154,7 @@ class Engine:
             return sum(run.job.lane == lane and not run.flying for run in self.holding)
         return len(self.holding) - len(self.flying) - min(len(self.holding.resting), self.settings.worker_max_in_flight)
 
-    async def _welcome(self, jobs: list[Job]) -> None:
+    async def welcome(self, jobs: list[Job]) -> None:
         """Takes claimed jobs in. What a dead worker had paid for and stored outside is not called again."""
         answers: dict[str, bytes] = {}
         if self.outside is not None:
@@ -174,14 +177,23 @@ class Engine:
             return False
         if stored.status != "SUCCESS" or stored.mimoq is None:
             return False
-        run = Run(job, "", None, over=True)
+        run = Run.of(job, self.settings.endpoint_path or self.settings.model)
+        run.over = True
         self.holding.add(run)
-        self.flusher.end(End(job, "s", payload, calls_of(stored.mimoq.attempts), stored.mimoq.usage))
+        # Its record has what was told before as well, and what is told here for the dead worker.
+        calls = calls_of(stored.mimoq.attempts) - run.before[0]
+        self.flusher.end(End(job, "s", payload, max(calls, 0), stored.mimoq.usage - run.before[1]))
         return True
 
     def _accept(self, job: Job) -> None:
         run = Run.of(job, self.settings.endpoint_path or self.settings.model)
         self.holding.add(run)
+        if job.poison:
+            log.error("job_is_poison", job=job.job_id)
+            run.over = True
+            outcome = Outcome(started_at=time.time(), error="poison")
+            self.flusher.end(run.end(outcome, Verdict(Kind.FAILED, "poison"), self._compress))
+            return
         self._queue(run)
 
     def _queue(self, run: Run, first: bool = False) -> None:
@@ -301,7 +313,7 @@ class Engine:
         self.flusher.end(end)
 
     def _write_back(self, run: Run, wait_s: float) -> None:
-        self.flusher.give_back(run.job, wait_s, run.attempts_json())
+        self.flusher.give_back(run.back(wait_s))
 
     # -- leases and the end
 
@@ -320,6 +332,10 @@ class Engine:
     def give_back_of(self, tokens: set[str]) -> None:
         """Gives back the jobs of these slices that are not in flight, as when their batch is paused."""
         self._give_back(lambda run: run.job.token in tokens)
+
+    def give_back_bystanders(self) -> None:
+        """Gives back what waits beside jobs in quarantine, for which everything else makes room."""
+        self._give_back(lambda run: not run.job.alone)
 
     def give_back_waiting(self) -> None:
         """Gives back every job that is not in flight."""
@@ -344,9 +360,11 @@ class Engine:
     async def drain(self, seconds: float) -> None:
         """Stops, lets calls in flight end for at most `seconds`, writes everything down."""
         self.stop()
-        tasks = [task for _, task in self.flying.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.0 if self._hurried else seconds) as self._drain:
+                while self.flying:
+                    await asyncio.wait([task for _, task in self.flying.values()])
+        self._drain = None
         left = [task for _, task in self.flying.values()]
         for task in left:
             task.cancel()
@@ -358,6 +376,12 @@ class Engine:
             await asyncio.wait_for(self.flusher.flushed(), WRITE_S)
         except TimeoutError:
             log.error("drain_could_not_write")
+
+    def hurry(self) -> None:
+        """The time of the drain, under way or to come, is over now."""
+        self._hurried = True
+        if self._drain is not None and not self._drain.expired():
+            self._drain.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         """Ends every task of the engine."""

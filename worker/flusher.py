@@ -2,8 +2,9 @@
 
 Ends of jobs, jobs given back and settled reservations are collected and written together, one pipeline at a time. When
 Redis is away everything stays here, in order, and is written when it is back; every write is idempotent, so one whose
-fate is unknown is made again. The engine starts no call meanwhile (`failing`), so what waits is bounded by what was in
-flight.
+fate is unknown is made again. The engine starts no call meanwhile (`failing`), nor while answers of over `HELD_BYTES` wait
+(`full`), so what waits is bounded by that and by what was in flight. All that is written Redis also takes when it is out
+of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from jobs import leases
-from jobs.leases import End, Job
+from jobs.leases import Back, End, Job
 from jobs.scripts import Call, call_all
 from worker.limiter import SETTLE, Limiter, Settlement
 from worker.outside import Outside
@@ -31,6 +32,8 @@ COLLECT_MOST_S = 0.01
 #: Bytes of results in one pipeline.
 BLOCK_BYTES = 4_000_000
 RETRY_S = 0.25
+#: Bytes of answers that wait to be written at which no more calls are started.
+HELD_BYTES = 64_000_000
 
 T = TypeVar("T")
 
@@ -57,13 +60,14 @@ class Flusher:
         self._on_settled = on_settled
         self._on_written = on_written
         self._ends: list[End] = []
-        self._backs: list[tuple[Job, float, bytes]] = []
+        self._backs: list[Back] = []
         self._settlements: dict[str, list[Settlement]] = defaultdict(list)
         self._told: dict[str, str] = {}
         self._urgent: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._held_bytes = 0
         self.failing = False
         self.late = 0
         self.fenced = 0
@@ -71,11 +75,17 @@ class Flusher:
     def end(self, end: End) -> None:
         """A job has ended."""
         self._ends.append(end)
+        self._held_bytes += len(end.payload)
         self._stir()
 
-    def give_back(self, job: Job, delay_s: float, attempts: bytes) -> None:
-        """A job goes back to its batch, to be called again after `delay_s`."""
-        self._backs.append((job, delay_s, attempts))
+    @property
+    def full(self) -> bool:
+        """Whether so many answers wait here that no more should come."""
+        return self._held_bytes > HELD_BYTES
+
+    def give_back(self, back: Back) -> None:
+        """A job goes back to its batch."""
+        self._backs.append(back)
         self._stir()
 
     def settle(self, model: str, settlement: Settlement) -> None:
@@ -131,7 +141,7 @@ class Flusher:
     async def _write(
         self,
         ends: list[End],
-        backs: list[tuple[Job, float, bytes]],
+        backs: list[Back],
         settlements: dict[str, list[Settlement]],
     ) -> bool:
         """Whether all is written; what is written is taken out of the lists."""
@@ -142,12 +152,13 @@ class Flusher:
                 last = len(block) == len(ends)
                 await self._write_block(block, backs if last else [], settlements)
                 del ends[: len(block)]
+                self._held_bytes -= sum(len(end.payload) for end in block)
                 if settlements:
                     settlements.clear()
                     self._on_settled()
                 done = [end.job for end in block]
                 if last:
-                    done += [job for job, _, _ in backs]
+                    done += [back.job for back in backs]
                     backs.clear()
                 self._on_written(done)
         except (RedisError, OSError, TimeoutError) as error:
@@ -163,7 +174,7 @@ class Flusher:
     async def _write_block(
         self,
         block: list[End],
-        backs: list[tuple[Job, float, bytes]],
+        backs: list[Back],
         settlements: dict[str, list[Settlement]],
     ) -> None:
         calls = [self._settle_call(model, items) for model, items in settlements.items()]
@@ -173,7 +184,7 @@ class Flusher:
         for batch_id, ends in _by_batch(block, lambda end: end.job).items():
             calls.append(leases.finish_call(batch_id, ends, stored_elsewhere=self._outside is not None))
         given_back = len(calls)
-        for batch_id, jobs in _by_batch(backs, lambda back: back[0]).items():
+        for batch_id, jobs in _by_batch(backs, lambda back: back.job).items():
             calls.append(leases.give_back_call(batch_id, jobs))
         replies = await call_all(self._client, calls)
         for words in replies[finishes:given_back]:

@@ -18,11 +18,10 @@ from redis.exceptions import RedisError
 
 from jobs import identity, keys, leases
 from worker.engine import Engine
+from worker.limiter import RESERVATION_S
 
 #: Seconds between heartbeats; cancellation reaches calls in flight within this.
 BEAT_S = 1.0
-#: Seconds after which a worker that says nothing is no longer listed.
-LISTED_S = 15
 
 log = structlog.get_logger("worker.heartbeat")
 
@@ -48,29 +47,23 @@ class Heartbeat:
 
     async def _beat(self, began: float) -> None:
         engine = self._engine
-        tokens = list(engine.holding.tokens)
-        if tokens:
-            found = await leases.renew(self._client, tokens)
-            if found.lost:
-                engine.lease_lost(found.lost)
-            if found.closing:
-                engine.abort(found.closing)
-            if found.paused:
-                engine.give_back_of(found.paused)
-        seconds, microseconds = await self._client.time()
-        pipe = self._client.pipeline(transaction=False)
-        by_model: dict[str, list[str]] = {}
-        for reservation, (run, _) in engine.flying.items():
-            by_model.setdefault(run.model, []).append(reservation)
-        for model, reservations in by_model.items():
-            engine.limiter.renew(pipe, model, reservations, seconds + microseconds / 1e6)
-        pipe.zadd(keys.WORKERS, {engine.worker_id: seconds})
-        pipe.set(keys.worker(engine.worker_id), self._self(), ex=LISTED_S)
-        pipe.zremrangebyscore(keys.WORKERS, "-inf", seconds - 3600)
-        pipe.hget(keys.gate(engine.account), "until")
-        *_, until = await pipe.execute()
+        found = await leases.beat(
+            self._client,
+            engine.worker_id,
+            self._self(),
+            engine.account,
+            list(engine.holding.tokens),
+            engine.limiter.flights((run.model, reservation) for reservation, (run, _) in engine.flying.items()),
+            RESERVATION_S,
+        )
+        if found.lost:
+            engine.lease_lost(found.lost)
+        if found.closing:
+            engine.abort(found.closing)
+        if found.paused:
+            engine.give_back_of(found.paused)
         engine.renewed_at = began
-        if until is None or float(until) <= seconds:
+        if found.gate_until is None or found.gate_until <= found.now:
             engine.lines.account_open()
 
     def _self(self) -> bytes:

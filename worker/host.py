@@ -1,27 +1,39 @@
 """What a worker process stands on: its settings, its store and its engine, made once.
 
 The engine starts before Celery is imported: it claims its first jobs meanwhile, without waiting for a ring. A process
-without MIMOQ_REDIS_URL joins the embedded Valkey of its data folder.
+without MIMOQ_REDIS_URL joins the embedded Valkey of its data folder. What goes wrong: the store is away when a worker
+starts, and is waited for.
 """
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+import os
+import time
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
+
+import structlog
 
 from jobs import logs
 from jobs.broker import Bell, make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
+from jobs.errors import StoreUnavailable
 from jobs.settings import load_settings
-from worker.thread import EngineThread
+from worker.drain import drain
+from worker.thread import RETRY_S, EngineThread
 
 if TYPE_CHECKING:
     from celery import Celery
 
+#: Seconds between two lines of a worker that waits for its store.
+REMIND_S = 10.0
+
+log = structlog.get_logger("worker")
+
 
 class Host:
-    """One worker process. Raises `MimoqError` where it can't stand: bad settings, no store, another schema."""
+    """One worker process. Raises `MimoqError` where it can't stand: bad settings, no embedded server."""
 
     def __init__(self) -> None:
         self.settings = load_settings()
@@ -32,12 +44,37 @@ class Host:
         else:
             self._server = EmbeddedServer.open(self.settings.data_dir)
             self.redis_url = self._server.url
+        died = partial(drain().begin, os.EX_SOFTWARE)
+        self.engine = EngineThread(self.settings, self.redis_url, self, died)
+        self._started = False
+
+    def start(self) -> None:
+        """Starts the engine, unless it runs, as soon as the store answers. Raises `SchemaVersionError`."""
+        if self._started:
+            return
+        self._wait_for_store()
+        self.engine.start()
+        self._started = True
+        drain().engine_stands(self.engine)
+
+    def _wait_for_store(self) -> None:
         client = connect(self.redis_url)
+        said_at: float | None = None
         try:
-            check_schema(client)
+            while True:
+                try:
+                    check_schema(client)
+                    break
+                except StoreUnavailable as error:
+                    now = time.monotonic()
+                    if said_at is None or now - said_at >= REMIND_S:
+                        log.warning("waiting_for_store", reason=str(error))
+                        said_at = now
+                    time.sleep(RETRY_S)
         finally:
             client.close()
-        self.engine = EngineThread(self.settings, self.redis_url, self)
+        if said_at is not None:
+            log.info("store_answers")
 
     @cached_property
     def app(self) -> Celery:
@@ -56,11 +93,13 @@ class Host:
         """Rings that wait there; one, as it were, until Celery is ready here: two threads that import it may fail."""
         return 1 if not self.engine.lanes else self._bell.depth(lane, upstream)
 
-    def leave(self) -> None:
-        """Drains the engine and gives the store back."""
-        self.engine.drain()
+    def leave(self) -> int:
+        """Drains the engine, unless that has been done, and gives the store back; returns the exit status."""
+        drain().begin()
+        self.engine.join()
         if self._server is not None:
             self._server.close()
+        return drain().status
 
 
 @cache

@@ -61,6 +61,7 @@ class Intake:
         self._changed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self.stopping = False
+        self.withdrawn = False  # a worker in quarantine has room for nothing else
 
     def started(self, count: int) -> None:
         """Calls have started: what is let through, and room for others."""
@@ -69,6 +70,15 @@ class Intake:
 
     def stir(self) -> None:
         """Jobs have left: there may be room."""
+        self._changed.set()
+
+    def withdraw(self) -> None:
+        """No claims until `come_back`; rings wait."""
+        self.withdrawn = True
+
+    def come_back(self) -> None:
+        """There may be room again."""
+        self.withdrawn = False
         self._changed.set()
 
     def stop(self) -> None:
@@ -128,7 +138,7 @@ class Intake:
         """How many jobs are to wait here at present."""
         now = time.monotonic()
         shut_until = self._lines.shut_until
-        if not self._may_start() or now < self._lines.gate_until:
+        if self.withdrawn or not self._may_start() or now < self._lines.gate_until:
             return 0
         if now < shut_until:
             # Every model that is known here is shut; there may be jobs of others.

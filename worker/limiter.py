@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs import keys
 from jobs.keys import LANES
+from jobs.leases import Job
 from jobs.scripts import Script
 from jobs.settings import Settings
 
@@ -84,14 +85,26 @@ class Limiter:
         self._calls += 1
         return f"{lane[0]}.{self._worker_id}.{self._calls}"
 
-    async def reserve(self, model: str, lane: str, prefix: str, estimates: Sequence[int]) -> Grant:
-        """Asks for one call per token estimate, all at once, with a new `prefix` of `ids`."""
-        return self.granted(prefix, await RESERVE(self._client, *self.reserve_call(model, lane, prefix, estimates)))
+    async def reserve(
+        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
+    ) -> Grant:
+        """Asks for one call per token estimate, all at once, with a new `prefix` of `ids`.
 
-    def reserve_call(self, model: str, lane: str, prefix: str, estimates: Sequence[int]) -> tuple[list[str], list[Any]]:
+        The leases of `jobs`, one an estimate, remember the calls that are let through.
+        """
+        call = self.reserve_call(model, lane, prefix, estimates, jobs)
+        return self.granted(prefix, await RESERVE(self._client, *call))
+
+    def reserve_call(
+        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
+    ) -> tuple[list[str], list[Any]]:
         """Keys and arguments of `RESERVE`."""
         who = f"{self._worker_id}:{lane}"
-        return [*self.keys(model), keys.LIMITS], [*self._args, prefix, who, f"{self.account}:{model}", *estimates]
+        candidates: Sequence[int | str] = estimates
+        if jobs:
+            candidates = [f"{n} {job.token} {job.index}" for n, job in zip(estimates, jobs, strict=True)]
+        names = [*self.keys(model), keys.LIMITS, keys.lease("")]
+        return names, [*self._args, prefix, who, f"{self.account}:{model}", *candidates]
 
     @staticmethod
     def granted(prefix: str, reply: list[Any]) -> Grant:
@@ -117,11 +130,10 @@ class Limiter:
             )
         return args
 
-    def renew(self, pipe: Any, model: str, reservations: Iterable[str], now: float) -> None:
-        """Queues the renewal of reservations in flight on a pipeline; `now` is the Redis server's clock."""
-        by_lane: dict[str, dict[str, float]] = {}
-        for id in reservations:
-            by_lane.setdefault(id[0], {})[id] = now + RESERVATION_S
-        for lane in LANES:
-            if flight := by_lane.get(lane[0]):
-                pipe.zadd(keys.flight(lane, self.account, model), flight, xx=True)
+    def flights(self, reservations: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+        """Reservations `(model, id)` in flight by the key that holds them, to be renewed by the heartbeat."""
+        found: dict[str, list[str]] = {}
+        names = {lane[0]: lane for lane in LANES}
+        for model, id in reservations:
+            found.setdefault(keys.flight(names[id[0]], self.account, model), []).append(id)
+        return found

@@ -188,7 +188,8 @@ class Line:
         limiter = self._lines.limiter
         prefix = limiter.ids(self.lane)
         try:
-            grant = await limiter.reserve(self.model, self.lane, prefix, [run.estimate for run in candidates])
+            estimates, jobs = [run.estimate for run in candidates], [run.job for run in candidates]
+            grant = await limiter.reserve(self.model, self.lane, prefix, estimates, jobs)
         except (RedisError, OSError) as error:
             # It may have arrived, and what it granted would stand there as in flight.
             lost = [Reservation(f"{prefix}.{i}", 0.0, 0, False) for i in range(1, wanted + 1)]

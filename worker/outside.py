@@ -10,11 +10,14 @@ from typing import Any
 
 from jobs import keys
 from jobs.leases import End, Job
-from jobs.results import revoked_payload
+from jobs.scripts import Script
+from jobs.states import job_id
 
 #: Revoked results written at once, and how often that is done in one of the reaper's rounds.
 REVOKED = 1_000
 ROUNDS = 20
+
+_store = Script("store")
 
 
 class Outside:
@@ -36,20 +39,23 @@ class Outside:
             pipe.hget(keys.claims(job.batch_id), str(job.index))
         replies = await pipe.execute()
         ended: list[End] = []
-        pipe = self._results.pipeline(transaction=False)
+        results: list[tuple[str, bytes]] = []
         for end, byte, holder in zip(block, replies[::2], replies[1::2], strict=True):
             if byte not in (b"", b"\0"):
                 ended.append(end)
             elif end.letter == "s" or holder == end.job.token.encode():
-                key = keys.result(end.job.job_id)
-                pipe.set(key, end.payload, ex=end.job.ttl_s)
-                pipe.publish(key, end.payload)
-        await pipe.execute()
+                results.append((keys.result(end.job.job_id), end.payload))
+        await self._store_all(results)
         if not ended:
             return block
         stored = await self._results.mget([keys.result(end.job.job_id) for end in ended])
         again = {id(end) for end, payload in zip(ended, stored, strict=True) if payload == end.payload}
         return [end for end in block if id(end) not in again]
+
+    async def _store_all(self, results: list[tuple[str, bytes]]) -> None:
+        """Without an expiry, which comes with the batch's end."""
+        if results:
+            await _store(self._results, [key for key, _ in results], [payload for _, payload in results])
 
     async def answers(self, jobs: list[Job]) -> dict[str, bytes]:
         """Stored results of these jobs, by job id."""
@@ -68,11 +74,22 @@ class Outside:
             listed = await self._store.lrange(keys.REVOKED, 0, REVOKED - 1)
             if not listed:
                 return
-            pipe = self._results.pipeline(transaction=False)
-            for raw in listed:
-                job_id, why, ttl_s = raw.decode().split(":")
-                key, payload = keys.result(job_id), revoked_payload(job_id, why)
-                pipe.set(key, payload, ex=int(ttl_s))
-                pipe.publish(key, payload)
-            await pipe.execute()
+            told = [raw.split(b" ", 1) for raw in listed]
+            await self._store_all([(keys.result(job_id.decode()), payload) for job_id, payload in told])
             await self._store.ltrim(keys.REVOKED, len(listed), -1)
+
+    async def retire(self, batch_id: str, entry: bytes, most: int) -> bool:
+        """Sets when the results of an ended batch go, of `most` jobs from where `entry` says; whether any are left."""
+        start, total, expires_at = map(int, entry.split(b":"))
+        stop = min(total, start + most)
+        pipe = self._results.pipeline(transaction=False)
+        for index in range(start, stop):
+            pipe.expireat(keys.result(job_id(batch_id, index)), expires_at)
+        await pipe.execute()
+        # Unless the batch was opened again meanwhile.
+        if await self._store.hget(keys.RETIRING, batch_id) == entry:
+            if stop < total:
+                await self._store.hset(keys.RETIRING, batch_id, f"{stop}:{total}:{expires_at}")
+            else:
+                await self._store.hdel(keys.RETIRING, batch_id)
+        return stop < total

@@ -1,13 +1,14 @@
 """The reaper: gives back what dead workers held, and rings where ready work hears no bell.
 
-Every worker can reap, one does, by a lock in Redis. After a gap in its own rounds (Redis was paused, the machine slept)
-it takes no lease for one whole lease time, because live workers could not renew either.
+Every worker can reap, one does, by a lock in Redis. After a gap between rounds, whoever made them (Redis was paused, the
+machine slept, nobody could reach the store), nothing is taken for one whole lease time, because live workers could not
+renew either. The script sees to it, by Redis's own clock and in the step that takes: a round that was sent before the pause
+and runs after it takes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any, Protocol
 
 import structlog
@@ -21,12 +22,19 @@ from worker.outside import Outside
 ROUND_S = 1.0
 #: Seconds the lock lasts: a dead reaper's successor comes after this.
 LOCK_S = 4.0
-#: A gap between rounds after which leases get time to be renewed.
-GAP_S = 5.0
+#: Seconds that live workers get to renew when a reaper's first round finds a gap: it may have been between two
+#: lives of the only worker.
+FIRST_PATIENCE_S = 5.0
+#: Leases taken back in one step, and how many steps a round has.
+LEASES = 200
+STEPS = 20
 #: Rings put on a silent queue in one round.
 RINGS = 32
-SWEEP_JOBS = 2_000
-SWEEPS = 20
+#: Jobs looked at in one step where a batch is closed or its results' retention is set, and how many steps a round has.
+STEP_JOBS = 2_000
+#: Open batches looked at in a round for work that is nowhere to be found, and claims of each.
+AUDITED = 20
+AUDITED_CLAIMS = 200
 #: Oldest batches looked at in a round, whether their retention is over.
 FORGET_BATCHES = 100
 
@@ -34,6 +42,7 @@ FORGET_BATCHES = 100
 LIMIT_KEPT_S = 86_400
 
 _sweep = Script("sweep")
+_retention = Script("retention")
 
 log = structlog.get_logger("worker.reaper")
 
@@ -57,8 +66,8 @@ class Reaper:
         self._id = worker_id
         self._outside = outside
         self.ringing: asyncio.Task[None] | None = None
-        self._last = 0.0
-        self._patient_until = 0.0
+        self._first = True
+        self._audited = 0
 
     async def run(self) -> None:
         """Rounds until cancelled."""
@@ -72,24 +81,9 @@ class Reaper:
     async def turn(self) -> bool:
         """A round, if this worker is the one that reaps; returns whether it is."""
         chosen = await self._chosen()
-        self._notice_gap()
         if chosen:
             await self.round()
         return chosen
-
-    def _notice_gap(self) -> None:
-        """Redis has just answered. Was it, or were we, away so long that live workers may have lost their leases?
-
-        Every worker keeps watch, since any may be the first to get the lock after an outage. One that has just started
-        can't know, and leaves the others time for a heartbeat.
-        """
-        now = time.time()  # also counts a suspended machine, which the monotonic clock does not
-        if not self._last:
-            self._patient_until = now + GAP_S
-        elif not 0 <= now - self._last < GAP_S:
-            self._patient_until = now + LEASE_S
-            log.info("reaper_waits_a_lease", gap_s=round(now - self._last, 1))
-        self._last = now
 
     async def _chosen(self) -> bool:
         """Whether this worker holds the reaper's lock, taken or renewed."""
@@ -100,26 +94,61 @@ class Reaper:
         return holder == self._id.encode() and bool(await self._client.pexpire(keys.REAPER, int(LOCK_S * 1000)))
 
     async def round(self) -> None:
-        """One round: leases, due retries, deadlines, closing batches, silent queues."""
-        patient = time.time() < self._patient_until
-        taken, woken = await leases.reap(self._client, leases=0 if patient else 200)
-        if taken:
-            log.warning("jobs_taken_back", jobs=taken)
-        if woken:
-            log.debug("retries_due", batches=woken)
+        """One round: leases, due retries, deadlines, closing batches, retention, silent queues."""
+        await self._reap()
         for raw in await self._client.smembers(keys.CLOSING):
-            for _ in range(SWEEPS):
-                if await _sweep(self._client, [keys.PREFIX], [raw.decode(), SWEEP_JOBS]) <= 0:
+            for _ in range(STEPS):
+                if await _sweep(self._client, [keys.PREFIX], [raw.decode(), STEP_JOBS]) <= 0:
                     break
         if self._outside is not None:
             await self._outside.write_revoked()
+        await self._retire()
         await self._forget_expired()
-        await self._client.zremrangebyscore(keys.LIMITS, "-inf", time.time() - LIMIT_KEPT_S)
+        await self._audit()
+        seconds, _ = await self._client.time()
+        await self._client.zremrangebyscore(keys.LIMITS, "-inf", seconds - LIMIT_KEPT_S)
         # Beside the rounds: a broker that does not answer must not keep dead workers' jobs from being given back.
         if self.ringing is None or self.ringing.done():
             unheard = await leases.unheard(self._client, RINGS)
             if unheard:
                 self.ringing = asyncio.create_task(asyncio.to_thread(self._ring, unheard))
+
+    async def _reap(self) -> None:
+        for _ in range(STEPS):
+            patience_s = FIRST_PATIENCE_S if self._first else LEASE_S
+            found = await leases.reap(self._client, leases=LEASES, patience_s=patience_s)
+            self._first = False
+            if found.gap_s:
+                log.info("reaper_waits", gap_s=round(found.gap_s, 1), seconds=patience_s)
+            if found.jobs:
+                log.warning("jobs_taken_back", jobs=found.jobs)
+            if found.woken:
+                log.debug("retries_due", batches=found.woken)
+            if found.leases < LEASES:
+                return
+
+    async def _retire(self) -> None:
+        """Sets when the results of large batches go, which is too long for the step that ends them."""
+        left = STEPS
+        for raw, entry in (await self._client.hgetall(keys.RETIRING)).items():
+            more = True
+            while more and left > 0:
+                left -= 1
+                if self._outside is None:
+                    more = await _retention(self._client, [keys.PREFIX], [raw.decode(), "", STEP_JOBS]) >= 0
+                else:
+                    more = await self._outside.retire(raw.decode(), entry, STEP_JOBS)
+                    entry = await self._client.hget(keys.RETIRING, raw) or b"" if more else b""
+                    more = bool(entry)
+
+    async def _audit(self) -> None:
+        """Looks through the open batches, some each round."""
+        batches = await self._client.zrange(keys.OPEN, self._audited, self._audited + AUDITED - 1)
+        self._audited = self._audited + AUDITED if len(batches) == AUDITED else 0
+        for raw in batches:
+            found = await leases.audit(self._client, raw.decode(), AUDITED_CLAIMS)
+            if found:
+                log.error("jobs_found_lost", batch=raw.decode(), jobs=found)
 
     async def _forget_expired(self) -> None:
         """Takes batches whose retention is over off the list of all."""

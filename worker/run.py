@@ -8,8 +8,8 @@ from itertools import takewhile
 
 import msgspec
 
-from jobs.leases import End, Job
-from jobs.results import NO_BODY, About, Attempt, Failure, Usage, failure_payload, success_payload
+from jobs.leases import Back, End, Job
+from jobs.results import NO_BODY, NO_USAGE, About, Attempt, Failure, Usage, failure_payload, success_payload
 from worker.answers import NOT_JSON
 from worker.estimate import NO_TEXT, Text, measure
 from worker.outcome import Outcome
@@ -40,7 +40,8 @@ class Run:
     """A job held by this worker.
 
     `text` is how much its body holds, `ready_at` the monotonic time before which it is not called; `flying` says that a
-    reservation for it is held, `lost` that its lease is another's, `over` that its end or its way back is decided.
+    reservation for it is held, `lost` that its lease is another's, `over` that its end or its way back is decided. `before`
+    are the calls and their usage that earlier holders have told of.
     """
 
     job: Job
@@ -48,6 +49,7 @@ class Run:
     most_tokens: int | None
     text: Text = NO_TEXT
     attempts: list[Attempt] = field(default_factory=list)
+    before: tuple[int, Usage] = (0, NO_USAGE)
     ready_at: float = 0.0
     estimate: int = 0
     flying: bool = False
@@ -65,6 +67,7 @@ class Run:
         run = cls(job, fields.model or default_model, most_tokens, measure(job.request.body))
         if job.attempts:
             run.attempts = _decode_attempts(job.attempts)
+            run.before = calls_of(run.attempts), usage_of(run.attempts)
         return run
 
     @property
@@ -96,22 +99,24 @@ class Run:
         if len(self.attempts) > MOST_RECORDS:
             _fold(self.attempts)
 
-    def attempts_json(self) -> bytes:
-        """The attempts as they are stored with a job that is given back."""
-        return _encode_attempts(self.attempts) if self.attempts else b""
+    @property
+    def spent(self) -> tuple[int, Usage]:
+        """The calls made under this lease, and their usage."""
+        calls, usage = self.before
+        return calls_of(self.attempts) - calls, usage_of(self.attempts) - usage
+
+    def back(self, delay_s: float) -> Back:
+        """The job on its way back to its batch."""
+        return Back(self.job, delay_s, _encode_attempts(self.attempts) if self.attempts else b"", *self.spent)
 
     def end(self, outcome: Outcome, verdict: Verdict, compress: bool) -> End:
-        """The job's end with this last outcome."""
+        """The job's end for this last outcome."""
         job = self.job
-        usage = Usage()
-        for attempt in self.attempts:
-            if attempt.usage is not None:
-                usage += attempt.usage
         succeeded = verdict.kind is Kind.SUCCEEDED
         about = About(
             custom_id=job.request.custom_id,
             endpoint=job.request.endpoint,
-            usage=usage,
+            usage=usage_of(self.attempts),
             attempts=self.attempts,
             status=outcome.status,
             request_id=outcome.request_id,
@@ -122,12 +127,17 @@ class Run:
         else:
             payload = failure_payload(job.job_id, about, compress)
         code = "" if succeeded else verdict.code
-        return End(job, "s" if succeeded else "f", payload, calls_of(self.attempts), usage, code)
+        return End(job, "s" if succeeded else "f", payload, *self.spent, code)
 
 
 def calls_of(attempts: Iterable[Attempt]) -> int:
     """How many calls these records stand for."""
     return sum(attempt.times for attempt in attempts)
+
+
+def usage_of(attempts: Iterable[Attempt]) -> Usage:
+    """What these calls were billed for."""
+    return sum((attempt.usage for attempt in attempts if attempt.usage is not None), NO_USAGE)
 
 
 def _fold(attempts: list[Attempt]) -> None:
@@ -164,6 +174,7 @@ _MESSAGES = {
     "degenerate_answer": "the answer was cut off because it repeated itself",
     "stream_cut": "the upstream's stream ended before the answer was whole",
     "invalid_response": "the upstream's answer was not a whole, valid response",
+    "poison": "the workers that called this job died each time, also when they called nothing else",
     "internal_error": "mimoq could not handle this call or its answer; the worker's log says more",
 }
 

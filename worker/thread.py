@@ -1,41 +1,68 @@
-"""The engine's thread: where the Celery process (threads, signals) and the asyncio loop meet."""
+"""The engine's thread: where the Celery process (threads, signals) and the asyncio loop meet.
+
+What goes wrong: rings do not come, because the broker is away or has lost them; while a lane is silent the engine looks
+for its ready work by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import concurrent.futures
+import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
 import uvloop
+from redis.exceptions import RedisError
 
 from jobs.connections import connect_async, results_url
 from jobs.settings import Settings
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat
+from worker.outside import Outside
+from worker.quarantine import Quarantine
 from worker.reaper import Reaper, Rope
 from worker.upstream import Upstream
+from worker.watchdog import Watchdog
+
+#: Seconds without a ring after which a lane is looked at, and between two such looks.
+LOOK_S = 2.0
+#: Seconds between two attempts on a store that is away.
+RETRY_S = 0.5
+#: Seconds to take this worker off the list of live ones, which it also leaves by silence.
+LEAVE_S = 2.0
 
 log = structlog.get_logger("worker")
 
 
 class EngineThread:
-    """Runs one engine with its flusher, heartbeat and reaper, until `drain`; `rope` pulls the bell of the lanes."""
+    """Runs one engine with its flusher, heartbeat, reaper and quarantine, until it has drained.
 
-    def __init__(self, settings: Settings, redis_url: str, rope: Rope) -> None:
+    `rope` pulls the bell of the lanes. `on_death` is called when the engine has died, from its thread: a worker without
+    one would answer rings for nothing.
+    """
+
+    def __init__(self, settings: Settings, redis_url: str, rope: Rope, on_death: Callable[[], None]) -> None:
         self._rope = rope
         self._settings = settings
         self._redis_url = redis_url
+        self._on_death = on_death
         self.lanes: list[str] = []  # whose rings it hears, as the heartbeat tells; none until Celery is ready
+        self._served: list[str] = []  # whose ready work it looks for, with or without a broker
+        self._ringing: Counter[str] = Counter()  # rings of a lane that are being answered
+        self._rung_at: dict[str, float] = {}  # when the last one was, monotonic time
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
-        self._over = asyncio.Event()
+        self._told = asyncio.Event()
+        self.written = False  # everything, by the drain
         self._thread = threading.Thread(target=self._run, name="mimoq-engine", daemon=True)
         self.worker_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
@@ -53,69 +80,113 @@ class EngineThread:
                 runner.run(self._main())
         except BaseException as error:
             self._failure = error
-            log.error("engine_died", error=type(error).__name__, exc_info=error)
-            self._die()
+            if self._engine is not None:
+                log.error("engine_died", error=type(error).__name__, exc_info=error)
+                self._on_death()
         finally:
             self._ready.set()
-
-    def _die(self) -> None:
-        """Ends the worker, by Celery's warm shutdown: one without an engine would answer rings for nothing."""
-        from celery.worker import state
-
-        state.should_stop = os.EX_SOFTWARE
 
     async def _main(self) -> None:
         client = connect_async(self._redis_url)
         elsewhere = results_url(self._settings, self._redis_url)
         results = connect_async(elsewhere) if elsewhere != self._redis_url else None
-        engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._die)
+        engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._on_death)
         if engine.outside is not None:
-            await engine.outside.mark()
+            await self._mark(engine.outside)
         heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
         engine.spawn(Reaper(client, self._rope, self.worker_id, engine.outside).run())
+        engine.spawn(Quarantine(client, engine, self._served).run())
         self._loop, self._engine = asyncio.get_running_loop(), engine
         self._ready.set()
-        try:
-            await self._over.wait()
-        finally:
-            await engine.close()
-            await heartbeat.leave()
-            await client.aclose(close_connection_pool=True)
-            if results is not None:
-                await results.aclose(close_connection_pool=True)
+        with Watchdog(self._loop.call_soon_threadsafe):
+            try:
+                await self._told.wait()
+                log.info("draining", in_flight=len(engine.flying), held=len(engine.holding))
+                await engine.drain(self._settings.drain_s)
+                with contextlib.suppress(TimeoutError):
+                    # Nothing to wait for, if the drain could write.
+                    await asyncio.wait_for(engine.flusher.flushed(), 0.1)
+                    self.written = True
+            finally:
+                await engine.close()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(heartbeat.leave(), LEAVE_S)
+                await client.aclose(close_connection_pool=True)
+                if results is not None:
+                    await results.aclose(close_connection_pool=True)
 
-    def _call(self, make: Callable[[Engine], Awaitable[Any]]) -> Any:
-        """Runs a coroutine of the engine in its loop and waits for its result."""
-        if self._loop is None or self._engine is None or not self._thread.is_alive():
-            return None
-        engine = self._engine
+    async def _mark(self, outside: Outside) -> None:
+        while True:
+            try:
+                await outside.mark()
+                return
+            except (RedisError, OSError):
+                await asyncio.sleep(RETRY_S)
 
-        async def work() -> Any:
-            return await make(engine)
-
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result()
-
-    def look(self, lane: str, times: int) -> None:
-        """Looks for ready work as `times` rings would have it, without waiting for one."""
-        loop, engine = self._loop, self._engine
-        if loop is not None and engine is not None:
-            for _ in range(times):
-                asyncio.run_coroutine_threadsafe(engine.ring(lane), loop)
+    # -- rings, and what is done without them
 
     def ring(self, lane: str) -> int:
         """Answers a ring from a task's thread; returns when what it claimed has been accepted."""
-        return self._call(lambda engine: engine.ring(lane)) or 0
+        loop, engine = self._loop, self._engine
+        if loop is None or engine is None:
+            return 0
+        work = self._answer(engine, lane)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            return 0
+        # A loop that ends just now might never come to it.
+        while not concurrent.futures.wait([future], 1.0).done and self._thread.is_alive():
+            pass
+        return future.result() if future.done() and not future.cancelled() else 0
 
-    def stop_claiming(self) -> None:
-        """No more claims or starts; safe in a signal handler."""
-        if self._loop is not None and self._engine is not None:
-            self._loop.call_soon_threadsafe(self._engine.stop)
+    async def _answer(self, engine: Engine, lane: str) -> int:
+        self._ringing[lane] += 1
+        try:
+            return await engine.ring(lane)
+        finally:
+            self._ringing[lane] -= 1
+            self._rung_at[lane] = time.monotonic()
+
+    def serve(self, lanes: Iterable[str]) -> None:
+        """From now on looks for ready work of these lanes, at once and whenever no ring is heard."""
+        self._soon(self._serve, sorted(lanes))
+
+    def _serve(self, engine: Engine, lanes: list[str]) -> None:
+        for lane in lanes:
+            if lane not in self._served:
+                self._served.append(lane)
+                engine.spawn(self._look(engine, lane))
+
+    async def _look(self, engine: Engine, lane: str) -> None:
+        while not engine.stopping:
+            while self._silent(lane) and await engine.ring(lane):
+                pass  # as much as there is room for: nobody else will say that there is more
+            await asyncio.sleep(LOOK_S)
+
+    def _silent(self, lane: str) -> bool:
+        heard_at = self._rung_at.get(lane)
+        return not self._ringing[lane] and (heard_at is None or time.monotonic() - heard_at >= LOOK_S)
+
+    # -- the end
 
     def drain(self) -> None:
-        """Lets calls in flight end within the drain's time, writes everything down and ends the thread."""
-        self._call(lambda engine: engine.drain(self._settings.drain_s))
-        if self._loop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._over.set)
-            self._thread.join(30)
+        """Begins to drain: calls in flight get their time, everything is written down, and the thread ends."""
+        self._soon(lambda _: self._told.set())
+
+    def hurry(self) -> None:
+        """The drain's time is over now."""
+        self._soon(Engine.hurry)
+
+    def join(self) -> None:
+        """Waits until the thread has ended."""
+        self._thread.join()
+
+    def _soon(self, work: Callable[..., None], *args: Any) -> None:
+        """Has `work` called with the engine in its loop, if that still runs."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(work, self._engine, *args)

@@ -7,33 +7,54 @@
 --
 -- Returns a list of slices, each {batch id, token, indexes joined by commas, crashes, compressed block, its first index,
 -- {index, attempts so far, ...} of jobs that have some, {index, request, ...} of large requests,
--- maximum of attempts or '', retention in seconds}.
+-- maximum of attempts or '', retention in seconds}. Crashes: -1 marks jobs that are to be ended as poison, not called.
 --
 -- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices.
--- What a batch has ready is taken in this order: due retries, slices given back, then its never-claimed rest.
+-- What a batch has ready is taken in this order: due retries, slices given back, then its never-claimed rest. Suspects
+-- among them go into quarantine (quarantine.lua hands these out). Of a batch whose deadline has passed nothing is taken.
 
 --!include common.lua
+--!include handing.lua
 
 -- A claim that is sent again gets nothing: what it took the first time is given back when its lease runs out.
 if redis.call('EXISTS', prefix .. 'lease:' .. ARGV[2] .. '.0') == 1 then return {} end
 
 local wanted = tonumber(ARGV[4])
+local at = now()
 local slices = {}
+
+-- Only a running batch whose deadline is not over has anything to take.
+local function may_run(batch)
+  local b = redis.call('HMGET', record(batch), 'state', 'total', 'size', 'cursor')
+  if b[1] ~= 'running' then return nil end
+  local deadline = redis.call('ZSCORE', prefix .. 'deadlines', batch)
+  if deadline and tonumber(deadline) <= at then return nil end
+  return tonumber(b[2]), tonumber(b[3]), tonumber(b[4])
+end
 
 -- Up to `limit` ready indexes of one block of the batch, and the crashes they have seen.
 local function take(batch, limit)
-  local b = redis.call('HMGET', record(batch), 'state', 'total', 'size', 'cursor')
-  if b[1] ~= 'running' then return {}, 0 end
-  local total, size, cursor = tonumber(b[2]), tonumber(b[3]), tonumber(b[4])
+  local total, size, cursor = may_run(batch)
+  if not total then return {}, 0 end
   local found = {}
+  local suspects = redis.call('EXISTS', of(batch, 'suspects')) == 1
 
-  local due = redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '-inf', stamp(now()), 'LIMIT', 0, limit)
+  local function find(index, crashes)
+    if ended(batch, index) then return end
+    if suspects and crashes ~= -1 and redis.call('HEXISTS', of(batch, 'suspects'), index) == 1 then
+      quarantine(batch, index)
+    else
+      found[#found + 1] = index
+    end
+  end
+
+  local due = redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '-inf', stamp(at), 'LIMIT', 0, limit)
   if #due > 0 then
     local block = math.floor(tonumber(due[1]) / size)
     for _, index in ipairs(due) do
       if math.floor(tonumber(index) / size) == block then
         redis.call('ZREM', of(batch, 'retries'), index)
-        if not ended(batch, index) then found[#found + 1] = index end
+        find(index, 0)
       end
     end
     return found, 0
@@ -41,15 +62,14 @@ local function take(batch, limit)
 
   local ready = redis.call('LPOP', of(batch, 'ready'))
   if ready then
-    local crashes, list = string.match(ready, '^(%d+):(.*)$')
+    local crashes, list = string.match(ready, '^(-?%d+):(.*)$')
+    crashes = tonumber(crashes)
     local rest = {}
     for index in string.gmatch(list, '%d+') do
-      if not ended(batch, index) then
-        if #found < limit then found[#found + 1] = index else rest[#rest + 1] = index end
-      end
+      if #found < limit then find(index, crashes) else rest[#rest + 1] = index end
     end
     if #rest > 0 then redis.call('LPUSH', of(batch, 'ready'), crashes .. ':' .. table.concat(rest, ',')) end
-    return found, tonumber(crashes)
+    return found, crashes
   end
 
   local blocks = 0
@@ -70,10 +90,9 @@ end
 
 -- Whether the batch may still have something to take: an empty take of ended jobs is not the end of its work.
 local function exhausted(batch)
-  local b = redis.call('HMGET', record(batch), 'state', 'total', 'cursor')
-  if b[1] ~= 'running' then return true end
-  return tonumber(b[3]) >= tonumber(b[2]) and redis.call('EXISTS', of(batch, 'ready')) == 0
-    and #redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '-inf', stamp(now()), 'LIMIT', 0, 1) == 0
+  local total, _, cursor = may_run(batch)
+  return not total or (cursor >= total and redis.call('EXISTS', of(batch, 'ready')) == 0
+    and #redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '-inf', stamp(at), 'LIMIT', 0, 1) == 0)
 end
 
 local got, rounds = 0, 0
@@ -95,25 +114,7 @@ while got < wanted and rounds < 200 do
     redis.call('SET', KEYS[2], string.format('%.0f', score))
     redis.call('ZADD', lane, string.format('%.0f', score + #indexes), batch)
     local token = ARGV[2] .. '.' .. #slices
-    local claims, history, large = {}, {}, {}
-    local size = tonumber(redis.call('HGET', record(batch), 'size'))
-    for i, index in ipairs(indexes) do
-      claims[2 * i - 1], claims[2 * i] = index, token
-      local attempts = redis.call('HGET', of(batch, 'history'), index)
-      if attempts then history[#history + 1] = index; history[#history + 1] = attempts end
-      local request = redis.call('HGET', of(batch, 'requests'), 'r' .. index)
-      if request then large[#large + 1] = index; large[#large + 1] = request end
-    end
-    redis.call('HSET', of(batch, 'claims'), unpack(claims))
-    local list = table.concat(indexes, ',')
-    redis.call('HSET', prefix .. 'lease:' .. token, 'worker', ARGV[1], 'batch', batch, 'indexes', list,
-      'crashes', crashes, 'left', #indexes)
-    redis.call('ZADD', prefix .. 'leases', stamp(now() + tonumber(ARGV[3])), token)
-    redis.call('HSETNX', record(batch), 'started_at', stamp(now()))
-    local number = math.floor(tonumber(indexes[1]) / size)
-    local block = redis.call('HGET', of(batch, 'requests'), number)
-    local options = redis.call('HMGET', record(batch), 'max_attempts', 'ttl')
-    slices[#slices + 1] = {batch, token, list, crashes, block or '', number * size, history, large, options[1] or '', options[2]}
+    slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], token, tonumber(ARGV[3]), crashes, 0)
   end
 end
 return slices

@@ -46,6 +46,49 @@ local function release(token)
   end
 end
 
+-- What calls cost, as one text: attempts, prompt, completion, reasoning, cached and total tokens, joined by commas.
+local SPENT = {'attempts', 'prompt_tokens', 'completion_tokens', 'reasoning_tokens', 'cached_tokens', 'total_tokens'}
+
+-- Adds a text of costs to sums, a list of six.
+local function add_spent(sums, text)
+  local k = 0
+  for value in string.gmatch(text, '[^,]+') do
+    k = k + 1
+    sums[k] = (sums[k] or 0) + tonumber(value)
+  end
+end
+
+local function count_spent(batch, sums)
+  for k, name in ipairs(SPENT) do
+    if sums[k] and sums[k] ~= 0 then redis.call('HINCRBY', record(batch), name, string.format('%.0f', sums[k])) end
+  end
+end
+
+-- Whether this lease has not told before what it spent on a job that did not end by it: each tells once, however often
+-- the telling is repeated.
+local function tells_first(batch, index, token)
+  if redis.call('EXISTS', record(batch)) == 0 then return false end
+  local strays = of(batch, 'strays')
+  if redis.call('SADD', strays, token .. ':' .. index) == 0 then return false end
+  local left = redis.call('TTL', record(batch))
+  if left > 0 then redis.call('EXPIRE', strays, left) end
+  return true
+end
+
+-- Batches up to this many jobs have their results' expiry set in the step that ends them; larger ones by the reaper.
+local RETIRED_AT_ONCE = 1000
+
+-- The results of an ended batch go with it, and not before: their retention begins at its end.
+local function retire(batch, total, ttl)
+  if total > RETIRED_AT_ONCE or redis.call('EXISTS', prefix .. 'elsewhere') == 1 then
+    redis.call('HSET', prefix .. 'retiring', batch, '0:' .. total .. ':' .. string.format('%.0f', math.ceil(now() + ttl)))
+    return
+  end
+  for index = 0, total - 1 do
+    redis.call('EXPIRE', 'celery-task-meta-' .. batch .. '-' .. string.format('%d', index), ttl)
+  end
+end
+
 -- Every ended job is counted once, so the sum tells when the batch is over. Its keys live on for the retention time.
 local function close_if_over(batch)
   local b = record(batch)
@@ -59,32 +102,64 @@ local function close_if_over(batch)
   redis.call('SREM', prefix .. 'closing', batch)
   local lane = redis.call('HMGET', b, 'lane', 'label', 'identity')
   redis.call('ZREM', prefix .. 'lane:' .. lane[1] .. ':' .. lane[2], batch)
-  redis.call('DEL', of(batch, 'ready'), of(batch, 'claims'), of(batch, 'retries'), of(batch, 'history'))
+  redis.call('ZREM', prefix .. 'quarantine:' .. lane[1] .. ':' .. lane[2], batch)
+  redis.call('DEL', of(batch, 'ready'), of(batch, 'claims'), of(batch, 'retries'), of(batch, 'history'),
+    of(batch, 'quarantine'), of(batch, 'suspects'))
   local ttl = tonumber(n[7])
   redis.call('EXPIRE', b, ttl)
-  for _, part in ipairs({'requests', 'states', 'done'}) do redis.call('EXPIRE', of(batch, part), ttl) end
+  for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('EXPIRE', of(batch, part), ttl) end
+  retire(batch, tonumber(n[1]), ttl)
   -- The identity may stand for a newer batch by now, whose hold on it must not end with this one.
   local identity = prefix .. 'identity:' .. lane[3]
   if redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end
   return true
 end
 
+-- The deadline of a batch has passed: nothing more of it is claimed, and what is in flight is broken off.
+local function expire_if_due(batch, at)
+  local deadline = redis.call('ZSCORE', prefix .. 'deadlines', batch)
+  if not deadline or tonumber(deadline) > at then return end
+  redis.call('ZREM', prefix .. 'deadlines', batch)
+  if redis.call('HGET', record(batch), 'closing') == '' then
+    redis.call('HSET', record(batch), 'state', 'cancelling', 'closing', 'x')
+    redis.call('SADD', prefix .. 'closing', batch)
+    redis.call('PUBLISH', of(batch, 'events'), 0)
+  end
+end
+
+-- What is told beside the result of a job that ended without an answer, of the calls it had: jobs.results.About.
+local function about_calls(attempts)
+  local sums = {}
+  for _, attempt in ipairs(cjson.decode(attempts)) do
+    for name, tokens in pairs(type(attempt.usage) == 'table' and attempt.usage or {}) do
+      sums[name] = (sums[name] or 0) + tokens
+    end
+  end
+  local usage = {}
+  for name, tokens in pairs(sums) do usage[#usage + 1] = '"' .. name .. '":' .. string.format('%.0f', tokens) end
+  return '{"custom_id":null,"endpoint":"","usage":{' .. table.concat(usage, ',') .. '},"attempts":' .. attempts .. '}'
+end
+
 -- A job ends without an answer because its batch was cancelled ('c') or expired ('x'): Celery sees it as REVOKED.
-local function revoke(batch, index, letter)
+-- `attempts` is the JSON of the calls it had, '' for none.
+local function revoke(batch, index, letter, attempts)
   local why = letter == 'x' and 'expired' or 'cancelled'
   local id = batch .. '-' .. index
+  local mimoq = attempts ~= '' and ',"mimoq":' .. about_calls(attempts) or ''
   local meta = '{"status":"REVOKED","result":{"exc_type":"TaskRevokedError","exc_message":["' .. why ..
-    '"],"exc_module":"celery.exceptions"},"traceback":null,"children":[],"date_done":null,"task_id":"' .. id .. '"}'
+    '"],"exc_module":"celery.exceptions"},"traceback":null,"children":[],"date_done":null,"task_id":"' .. id .. '"' ..
+    mimoq .. '}'
   redis.call('SETRANGE', of(batch, 'states'), index, letter)
   redis.call('APPEND', of(batch, 'done'), struct.pack('<I4', index))
   redis.call('HDEL', of(batch, 'history'), index)
+  redis.call('ZREM', of(batch, 'retries'), index)
   redis.call('HINCRBY', record(batch), why, 1)
-  local ttl = redis.call('HGET', record(batch), 'ttl')
+  local key = 'celery-task-meta-' .. id
   if redis.call('EXISTS', prefix .. 'elsewhere') == 1 then
-    redis.call('RPUSH', prefix .. 'revoked', id .. ':' .. why .. ':' .. ttl)
+    redis.call('RPUSH', prefix .. 'revoked', id .. ' ' .. meta)
   else
-    redis.call('SET', 'celery-task-meta-' .. id, meta, 'EX', ttl)
-    redis.call('PUBLISH', 'celery-task-meta-' .. id, meta)
+    redis.call('SET', key, meta)
+    redis.call('PUBLISH', key, meta)
   end
 end
 
@@ -95,7 +170,8 @@ local function give_back(batch, index, token, delay, attempts)
   release(token)
   local closing = redis.call('HGET', record(batch), 'closing')
   if closing and closing ~= '' then
-    revoke(batch, index, closing)
+    if attempts == '' then attempts = redis.call('HGET', of(batch, 'history'), index) or '' end
+    revoke(batch, index, closing, attempts)
     return false
   end
   if attempts ~= '' then redis.call('HSET', of(batch, 'history'), index, attempts) end
@@ -106,7 +182,17 @@ local function give_back(batch, index, token, delay, attempts)
   return false
 end
 
--- Jobs of one block are ready again: they go before what was never claimed.
+-- A job that may kill whoever calls it: it is called where nothing else runs. `suspects` remembers it, with the crashes it
+-- was alone at.
+local function quarantine(batch, index)
+  redis.call('HSETNX', of(batch, 'suspects'), index, 0)
+  redis.call('RPUSH', of(batch, 'quarantine'), index)
+  local lane = redis.call('HMGET', record(batch), 'lane', 'label')
+  redis.call('ZADD', prefix .. 'quarantine:' .. lane[1] .. ':' .. lane[2], 'NX', stamp(now()), batch)
+end
+
+-- Jobs of one block are ready again: they go before what was never claimed. `crashes` of workers that held them; -1: they
+-- have killed enough, and are to be ended, not called.
 local function make_ready(batch, indexes, crashes)
   if #indexes == 0 then return end
   redis.call('RPUSH', of(batch, 'ready'), crashes .. ':' .. table.concat(indexes, ','))

@@ -4,14 +4,15 @@
 --
 -- KEYS[1] prefix
 -- ARGV[1] batch id
--- ARGV[2..] twelve values a job: index, fencing token, state letter ('s' succeeded, 'f' failed), result payload ('' where
---   results live elsewhere and have been stored), then what it cost over all its attempts: attempts, prompt,
---   completion, reasoning, cached and total tokens; the retention in seconds; a failure's code ('' for a success)
+-- ARGV[2..] six values a job: index, fencing token, state letter ('s' succeeded, 'f' failed), result payload ('' where
+--   results live elsewhere and have been stored), what its calls under this token cost (common.lua: SPENT), a failure's
+--   code ('' for a success)
 --
 -- Returns one word a job: 'ended' (now), 'again' (this very end was stored before), 'late' (a paid answer for a job that
--- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; nothing was done).
+-- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; not stored).
 --
--- A success is taken from anyone while the job is not terminal; all else needs the current token.
+-- A success is taken from anyone while the job is not terminal; all else needs the current token. What the calls cost is
+-- counted in every case, once.
 --
 -- When the first jobs that end all fail with one code, what is wrong is wrong with the batch: it pauses and says why,
 -- before the rest is called for nothing. A job that succeeds ends the watch for good; a resume or a requeue begins it
@@ -26,13 +27,12 @@ local batch = ARGV[1]
 local b = record(batch)
 local words = {}
 if redis.call('EXISTS', b) == 0 then
-  for i = 2, #ARGV, 12 do words[#words + 1] = 'fenced' end
+  for i = 2, #ARGV, 6 do words[#words + 1] = 'fenced' end
   return words
 end
-local sums = {}
-local names = {'attempts', 'prompt_tokens', 'completion_tokens', 'reasoning_tokens', 'cached_tokens', 'total_tokens'}
+local spent = {}
 local counts = {s = 0, f = 0}
-local late, order, codes = 0, {}, {}
+local late, order, codes, stored = 0, {}, {}, 0
 
 local function pause_if_alike()
   local r = redis.call('HMGET', b, 'succeeded', 'alike', 'alike_count', 'state')
@@ -48,7 +48,7 @@ local function pause_if_alike()
   end
 end
 
-for i = 2, #ARGV, 12 do
+for i = 2, #ARGV, 6 do
   local index, token, letter, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local result = 'celery-task-meta-' .. batch .. '-' .. index
   local holder = redis.call('HGET', of(batch, 'claims'), index)
@@ -58,7 +58,6 @@ for i = 2, #ARGV, 12 do
       word = 'again'
     elseif letter == 's' then
       word = 'late'
-      late = late + 1
     else
       word = 'fenced'
     end
@@ -75,25 +74,29 @@ for i = 2, #ARGV, 12 do
     redis.call('SETRANGE', of(batch, 'states'), index, letter)
     order[#order + 1] = struct.pack('<I4', index)
     counts[letter] = counts[letter] + 1
-    if letter == 'f' then codes[#codes + 1] = ARGV[i + 11] end
-    for k = 1, 6 do sums[k] = (sums[k] or 0) + tonumber(ARGV[i + 3 + k]) end
+    if letter == 'f' then codes[#codes + 1] = ARGV[i + 5] end
+    add_spent(spent, ARGV[i + 4])
     if payload ~= '' then
-      redis.call('SET', result, payload, 'EX', ARGV[i + 10])
+      redis.call('SET', result, payload)
       redis.call('PUBLISH', result, payload)
+      stored = stored + #payload
     end
+  end
+  if (word == 'late' or word == 'fenced') and tells_first(batch, index, token) then
+    add_spent(spent, ARGV[i + 4])
+    if word == 'late' then late = late + 1 end
   end
   words[#words + 1] = word
 end
+count_spent(batch, spent)
+if late > 0 then redis.call('HINCRBY', b, 'late_answers', late) end
 if #order > 0 then
   redis.call('APPEND', of(batch, 'done'), table.concat(order))
   if counts.s > 0 then redis.call('HINCRBY', b, 'succeeded', counts.s) end
   if counts.f > 0 then redis.call('HINCRBY', b, 'failed', counts.f) end
-  for k = 1, 6 do
-    if sums[k] ~= 0 then redis.call('HINCRBY', b, names[k], string.format('%.0f', sums[k])) end
-  end
+  if stored > 0 then redis.call('HINCRBY', b, 'result_bytes', stored) end
   close_if_over(batch)
   if #codes > 0 then pause_if_alike() end
   redis.call('PUBLISH', of(batch, 'events'), #order)
 end
-if late > 0 then redis.call('HINCRBY', b, 'late_answers', late) end
 return words

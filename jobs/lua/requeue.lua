@@ -1,5 +1,6 @@
 -- Queues failed jobs of a batch again, by explicit wish: a new generation of each, with a fresh count of attempts, and
--- of those that fail alike (finish.lua). A paused batch stays paused, for the reason it has.
+-- of those that fail alike (finish.lua). A paused batch stays paused, for the reason it has. Where this opens a finished batch
+-- again, its answers are to be kept with it (retention.lua).
 --
 -- KEYS[1] prefix
 -- ARGV[1] batch id    ARGV[2] first index to look at    ARGV[3] indexes to look at, at most
@@ -20,6 +21,7 @@ for index = from, stop - 1 do
   if string.sub(bytes, index - from + 1, index - from + 1) == 'f' then
     redis.call('SETRANGE', of(batch, 'states'), index, '\0')
     redis.call('DEL', 'celery-task-meta-' .. batch .. '-' .. string.format('%d', index))
+    redis.call('HDEL', of(batch, 'suspects'), index)
     -- Where the cursor has not been, the claim finds the job by itself.
     if index < tonumber(redis.call('HGET', record(batch), 'cursor')) then
       if math.floor(index / size) ~= block then
@@ -44,7 +46,8 @@ if again > 0 then
     if redis.call('GET', prefix .. 'identity:' .. identity) == batch then
       redis.call('PERSIST', prefix .. 'identity:' .. identity)
     end
-    for _, part in ipairs({'requests', 'states', 'done'}) do redis.call('PERSIST', of(batch, part)) end
+    for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('PERSIST', of(batch, part)) end
+    redis.call('HDEL', prefix .. 'retiring', batch)
   end
   wake(batch)
 end

@@ -21,7 +21,8 @@ if from < stop then
   for index = from, stop - 1 do
     local byte = string.byte(bytes, index - from + 1)
     if (not byte or byte == 0) and redis.call('HEXISTS', of(batch, 'claims'), index) == 0 then
-      revoke(batch, string.format('%d', index), b[1])
+      local name = string.format('%d', index)
+      revoke(batch, name, b[1], redis.call('HGET', of(batch, 'history'), name) or '')
     end
   end
   redis.call('HSET', record(batch), 'swept', stop)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import msgspec
+import pytest
 
+from jobs import keys
 from jobs.connections import connect, connect_async
 from jobs.requests import Request
 from jobs.results import Usage
@@ -22,6 +24,7 @@ from tests.integration.store_model import requests
 from worker.answers import read_answer
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat
+from worker.line import Line
 from worker.outcome import Outcome
 from worker.upstream import Upstream
 
@@ -251,3 +254,22 @@ async def standing(
             await results.aclose(close_connection_pool=True)
         if sync_results is not None:
             sync_results.close()
+
+
+def go_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries wait for nothing, and everything that goes by the clock goes soon: a fixture of the engine's tests."""
+    monkeypatch.setattr("worker.engine.random.random", lambda: 0.0)
+    monkeypatch.setattr("worker.heartbeat.BEAT_S", 0.02)
+    monkeypatch.setattr("worker.flusher.RETRY_S", 0.01)
+
+
+def flights(stand: Any, model: str = "") -> int:
+    """Reservations that are held at the limiter."""
+    name = keys.flight("bulk", stand.engine.account, model or stand.engine.settings.model)
+    return int(stand.store.client.zcard(name))
+
+
+def line_of(stand: Any) -> Line:
+    """The line of bulk jobs of the default model."""
+    line: Line = stand.engine.lines._lines[stand.engine.settings.model, "bulk"]
+    return line

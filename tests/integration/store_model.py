@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from jobs import keys
+from jobs import keys, leases
 from jobs.connections import connect_async
 from jobs.leases import End, Job
 from jobs.requests import CHAT, Request
@@ -54,6 +54,11 @@ def ending(
     return End(job, "f", failure_payload(job.job_id, about, compress), calls, USAGE, code)
 
 
+async def renew(client: Any, tokens: list[str], lease_s: float = leases.LEASE_S) -> leases.Beat:
+    """A heartbeat of a worker that holds these leases."""
+    return await leases.beat(client, "w", b"{}", "a", tokens, {}, 10.0, lease_s)
+
+
 def live_worker(client: Any, account: str = "a", label: str = "") -> None:
     """A worker that has said something of itself just now."""
     said = WorkerInfo("w", "here", 1, ["bulk"], label, "http://127.0.0.1:9", account, 0, 0, [], False, 0.0)
@@ -75,8 +80,8 @@ def wait_until(client: Any, then: float) -> None:
 
 def leftovers(client: Any) -> set[str]:
     """Keys that must be gone when every batch is over."""
-    gone = ("lease:", "leases", "open", "due", "deadlines", "closing", "lane:", "staged:")
-    parts = (":ready", ":claims", ":retries", ":history")
+    gone = ("lease:", "leases", "open", "due", "deadlines", "closing", "lane:", "staged:", "quarantine")
+    parts = (":ready", ":claims", ":retries", ":history", ":quarantine", ":suspects")
     names = {name.decode().removeprefix(keys.PREFIX) for name in client.keys(keys.PREFIX + "*")}
     return {name for name in names if name.startswith(gone) or name.endswith(parts)}
 
@@ -101,6 +106,8 @@ class Model:
     codes: list[str] = field(default_factory=list)
     late: int = 0
     attempts: int = 0
+    told: set[tuple[str, int]] = field(default_factory=set)  # what leases spent on jobs that did not end by them
+    suspects: set[int] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
@@ -108,10 +115,10 @@ class Model:
 
     def ready(self) -> int:
         """Jobs that a claim must be able to get at once."""
-        if self.closing or self.paused:
+        if self.closing or self.paused or self.deadline:
             return 0
         return sum(
-            not end and not token and index not in self.later
+            not end and not token and index not in self.later and index not in self.suspects
             for index, (end, token) in enumerate(zip(self.ends, self.tokens, strict=True))
         )
 
@@ -136,9 +143,11 @@ class Model:
         if self.ends[index]:
             if self.payloads.get(index) == end.payload:
                 return "again"
-            self.late += success
+            self.late += success and (end.job.token, index) not in self.told
+            self.tell(end.job.token, index, end.calls)
             return "late" if success else "fenced"
         if not success and self.tokens[index] != end.job.token:
+            self.tell(end.job.token, index, end.calls)
             return "fenced"
         self.end(index, end.letter)
         self.payloads[index] = end.payload
@@ -146,6 +155,12 @@ class Model:
         if not success:
             self.codes.append(end.code)
         return "ended"
+
+    def tell(self, token: str, index: int, calls: int) -> None:
+        """What a lease spent on a job that did not end by it counts once."""
+        if calls and (token, index) not in self.told:
+            self.told.add((token, index))
+            self.attempts += calls
 
     def look(self) -> None:
         """After a block of ends: whether the first of them were failures alike."""
@@ -161,8 +176,9 @@ class Model:
             self.codes.clear()
         self.paused = paused
 
-    def give_back(self, index: int, token: str, later: bool) -> bool:
+    def give_back(self, index: int, token: str, later: bool, calls: int = 0) -> bool:
         """Whether the job is ready at once."""
+        self.tell(token, index, calls)
         if self.tokens[index] != token:
             return False
         self.tokens[index] = ""
@@ -194,6 +210,7 @@ class Model:
         for index in failed:
             self.ends[index] = ""
             self.payloads.pop(index, None)
+            self.suspects.discard(index)
         return len(failed)
 
     def check(self, store: Store) -> None:
@@ -214,6 +231,8 @@ class Model:
             assert int(store.client.hget(keys.lease(token), "left")) == self.tokens.count(token)
         assert Counter(store.done(self.batch_id, 0, 10_000)) == +self.done
         assert status.late_answers == self.late
+        if not self.over:
+            self.suspects = {int(index) for index in store.client.hkeys(keys.suspects(self.batch_id))}
         assert status.attempts == self.attempts
         assert status.usage.total_tokens == 5 * sum(1 for _ in range(self.attempts))
         assert (status.state is BatchState.FINISHED) == self.over

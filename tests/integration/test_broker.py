@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from jobs.broker import RING, Bell, make_app
 from jobs.connections import celery_url, check_schema, connect, results_url
 from jobs.errors import SchemaVersionError, StoreUnavailable, UsageError
 from jobs.settings import Settings
+from ops.simulator import running_simulator
+from tests.components import RabbitMQ
+from tests.integration.worker_stand import MODULE, working
+from tests.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +29,29 @@ def _no_pools_left() -> Iterator[None]:
     pools.reset()
 
 
+@pytest.fixture(scope="module")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """One for all of these tests: it takes seconds to start."""
+    server = RabbitMQ()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def app(store_url: str) -> Iterator[Celery]:
     app = make_app(Settings(), store_url)
+    yield app
+    app.close()
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def any_app(request: pytest.FixtureRequest, store_url: str) -> Iterator[Celery]:
+    """The app on each kind of broker, its queues empty."""
+    url = None if request.param == "redis" else request.getfixturevalue("rabbitmq").url
+    app = make_app(Settings(broker_url=url), store_url)
+    with app.connection_for_write() as connection:
+        for queue in app.conf.task_queues:
+            queue(connection.default_channel).delete()
     yield app
     app.close()
 
@@ -38,24 +63,70 @@ def client(store_url: str) -> Iterator[Any]:
     client.close()
 
 
-def test_one_ring_a_slice_on_the_queue_of_the_lane(app: Celery, client: Any) -> None:
-    bell = Bell(app)
+def deep(bell: Bell, lane: str, upstream: str, rings: int) -> None:
+    """So many rings wait there; RabbitMQ counts one a moment after it was sent."""
+    wait_for(lambda: bell.depth(lane, upstream) == rings, what=f"{rings} rings")
+
+
+def test_one_ring_a_slice_on_the_queue_of_the_lane(any_app: Celery) -> None:
+    bell = Bell(any_app)
     assert bell.depth("bulk", "") == 0, "a queue that nobody has used yet is silent"
     bell.ring("b1", "bulk", "", 3)
     bell.ring("b2", "interactive", "", 1)
     bell.ring("b3", "bulk", identity.SIMULATED, 2)
     bell.ring("b4", "bulk", "", 0)
-    assert bell.depth("bulk", "") == bell.depth("bulk", "any other upstream") == 3
-    assert bell.depth("interactive", "") == 1
-    assert bell.depth("bulk", identity.SIMULATED) == 2
+    deep(bell, "bulk", "", 3)
+    deep(bell, "bulk", "any other upstream", 3)
+    deep(bell, "interactive", "", 1)
+    deep(bell, "bulk", identity.SIMULATED, 2)
+
+
+def test_more_rings_than_one_block(any_app: Celery) -> None:
+    bell = Bell(any_app)
+    bell.ring("b1", "bulk", "", 1_203)
+    deep(bell, "bulk", "", 1_203)
+
+
+def test_a_queue_is_named_after_its_lane(app: Celery, client: Any) -> None:
+    bell = Bell(app)
+    bell.ring("b1", "bulk", "", 3)
+    bell.ring("b3", "bulk", identity.SIMULATED, 2)
     assert client.llen("mimoq.bulk") == 3
     assert client.llen("mimoq.simulate.bulk") == 2
 
 
-def test_more_rings_than_one_block(app: Celery) -> None:
-    bell = Bell(app)
-    bell.ring("b1", "bulk", "", 1_203)
-    assert bell.depth("bulk", "") == 1_203
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_app_may_ring_too(rabbitmq: RabbitMQ, store_url: str, ours_first: bool) -> None:
+    """Without our settings it declares a queue of that name by its name alone, which must be the same queue."""
+    ours = make_app(Settings(broker_url=rabbitmq.url), store_url)
+    plain = Celery("plain", broker=rabbitmq.url, set_as_current=False)
+    with ours.connection_for_write() as connection:
+        ours.amqp.queues["mimoq.bulk"](connection.default_channel).delete()
+    for app in (ours, plain) if ours_first else (plain, ours):
+        app.send_task(RING, ("b1",), queue="mimoq.bulk", ignore_result=True)
+    deep(Bell(ours), "bulk", "", 2)
+    plain.close()
+    ours.close()
+
+
+def test_a_worker_hears_rabbitmq_again_when_it_is_back(rabbitmq: RabbitMQ, store_url: str, tmp_path: Path) -> None:
+    with (
+        running_simulator() as simulator,
+        working(MODULE, tmp_path, simulator, store_url, broker_url=rabbitmq.url) as work,
+    ):
+        work.succeeds(work.submit(120))
+        deep(work.bell, "bulk", "", 0)
+        rabbitmq.kill()
+        with pytest.raises(StoreUnavailable, match="check MIMOQ_BROKER_URL"):
+            work.bell.ring("b", "bulk", "", 1)
+        with pytest.raises(StoreUnavailable, match="check MIMOQ_BROKER_URL"):
+            work.bell.depth("bulk", "")
+        work.succeeds(work.submit(120, ring=False))
+        rabbitmq.start()
+        # Looking by itself, the worker would leave them there.
+        work.bell.ring("no batch", "bulk", "", 3)
+        deep(work.bell, "bulk", "", 0)
+        assert work.process.end() == 0
 
 
 def test_a_ring_is_small_and_carries_ids_only(app: Celery, client: Any) -> None:
@@ -134,4 +205,5 @@ def test_options_of_a_tcp_store() -> None:
     assert app.conf.broker_transport_options["socket_keepalive"] is True
     assert app.conf.broker_transport_options["ack_emulation"] is False
     assert connect("redis://h:1/0").connection_pool.connection_kwargs["socket_keepalive"] is True
-    assert make_app(Settings(broker_url="amqp://h"), "unix:///s").conf.broker_transport_options == {}
+    rabbitmq = make_app(Settings(broker_url="amqp://h"), "unix:///s").conf.broker_transport_options
+    assert rabbitmq == {"read_timeout": 30.0, "write_timeout": 30.0}

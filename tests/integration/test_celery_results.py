@@ -188,5 +188,5 @@ def test_scripts_that_redis_forgot_are_sent_again(store: Store) -> None:
 
 def test_scripts_that_redis_forgot_are_sent_again_by_async_clients_too(store: Store, store_url: str) -> None:
     store.client.script_flush()
-    assert run(leases.reap, store_url) == (0, 0)
-    assert run(leases.reap, store_url) == (0, 0)
+    assert run(leases.reap, store_url)[:2] == (0, 0)
+    assert run(leases.reap, store_url)[:2] == (0, 0)

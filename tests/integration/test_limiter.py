@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from jobs import keys
+from jobs import keys, leases
 from jobs.connections import connect_async
 from jobs.settings import Settings
 from tests.integration.limiter_stand import MODEL, Driven, most_in_a_minute
@@ -315,7 +315,8 @@ def test_calls_in_flight_count_after_the_store_was_away(store_url: str) -> None:
         held = driven.reserve(1, 1, 1)
         driven.now += RESERVATION_S + 5
         assert not driven.reserve(1, who="another").reservations, "its holder could not renew"
-        driven.limiter().renew(driven.client, MODEL, [item.id for item in held.reservations], driven.now)
+        for name, ids in driven.limiter().flights((MODEL, item.id) for item in held.reservations).items():
+            driven.client.zadd(name, dict.fromkeys(ids, driven.now + RESERVATION_S), xx=True)
         driven.now += RESERVATION_S - 1
         assert not driven.reserve(1, who="another").reservations
         driven.now += 2
@@ -427,13 +428,10 @@ def test_the_limiter_itself(store_url: str) -> None:
             assert (grant.bound, grant.ask_again_s, grant.shut) == ("concurrency", 0.1, "")
             (other,) = (await limiter.reserve(MODEL, "interactive", limiter.ids("interactive"), [5])).reservations
             assert other.id == "i.w.2.1"
-            pipe = client.pipeline(transaction=False)
-            seconds, _ = await client.time()
-            limiter.renew(pipe, MODEL, ["b.w.1.1", "i.w.2.1", "b.gone"], seconds + 100)
-            limiter.renew(pipe, MODEL, [], seconds)
-            await pipe.execute()
+            flights = limiter.flights((MODEL, id) for id in ("b.w.1.1", "i.w.2.1", "b.gone"))
+            found = await leases.beat(client, "w", b"{}", "account", [], flights, 100.0)
             for lane, id in (("bulk", "b.w.1.1"), ("interactive", "i.w.2.1")):
-                assert await client.zscore(keys.flight(lane, "account", MODEL), id) == seconds + 100 + RESERVATION_S
+                assert await client.zscore(keys.flight(lane, "account", MODEL), id) == found.now + 100
             assert await client.zscore(keys.flight("bulk", "account", MODEL), "b.gone") is None
             items = [Settlement(item, "clean", 0, None, 200) for item in [*grant.reservations, other]]
             assert await SETTLE(client, limiter.keys(MODEL), limiter.settle_args(items)) == 4

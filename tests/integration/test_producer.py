@@ -196,7 +196,7 @@ def test_settings_and_stores_that_can_not_be_are_told() -> None:
     with pytest.raises(UsageError, match="MIMOQ_SLICE_SIZE"):
         Producer(slice_size=0)
     with pytest.raises(StoreUnavailable, match="MIMOQ_REDIS_URL"):
-        Producer(redis_url="unix:///nowhere/valkey.sock")
+        Producer(redis_url="unix:///nowhere/valkey.sock", store_patience_s=0)
 
 
 def test_a_deadline_ends_what_no_worker_took(producer: Producer, sim: RunningSimulator) -> None:
@@ -214,6 +214,9 @@ def test_the_same_in_asyncio(sim: RunningSimulator, valkey: Valkey) -> None:
             found = done(await producer.wait(job_id, timeout_s=20))
             assert (found.custom_id, found.state) == ("mine", JobState.SUCCEEDED)
             assert await producer.job(job_id) == found
+            keyed = await producer.submit("hello", idempotency_key="k")
+            assert await producer.submit("hello", idempotency_key="k") == keyed
+            await producer.wait(keyed, timeout_s=20)
             sim.configure(hold=True)
             batch = await producer.submit_many(f"async {i}" for i in range(5))
             with pytest.raises(TimeoutError, match="has not ended within"):
@@ -259,7 +262,13 @@ def still_served(data: Any) -> bool:
     return Runtime.of(data).socket.exists()
 
 
-def test_a_broker_that_is_away_is_only_warned_of(store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broker_that_is_away_is_only_warned_of(
+    store_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(seconds: float) -> None:
+        raise AssertionError("a submit waits for no second try")
+
+    monkeypatch.setattr("kombu.utils.functional.sleep", wait)
     with Producer(redis_url=store_url, broker_url="redis://127.0.0.1:1/0") as producer:
         batch_id = producer.submit_many(["one", "two"])
         assert producer.status(batch_id).total == 2

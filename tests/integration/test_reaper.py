@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +12,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from jobs import keys, leases
 from jobs.connections import connect
 from jobs.errors import StoreUnavailable
+from jobs.leases import GAP_S, LEASE_S
 from jobs.states import BatchState
 from jobs.store import NewBatch, Store
-from tests.integration.store_model import ending, redis_time, requests, run, wait_until
+from tests.integration.store_model import ending, redis_time, renew, requests, run, wait_until
 from tests.waiting import wait_for
 from worker import reaper as module
-from worker.reaper import GAP_S, LOCK_S, ROUND_S, Reaper
+from worker.reaper import FIRST_PATIENCE_S, LOCK_S, Reaper
 
 SHORT_S = 0.02
 
@@ -47,15 +47,6 @@ def store(store_url: str) -> Iterator[Store]:
     client.close()
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The reaper's own clock; `now` may be set."""
-    fake = SimpleNamespace(now=1_000_000.0)
-    fake.time = lambda: fake.now
-    monkeypatch.setattr(module, "time", fake)
-    return fake
-
-
 def reaping(url: str, work: Callable[[Any, Any], Awaitable[None]]) -> FakeBell:
     """Runs `work(make, client)`, where `make(worker id)` is a reaper; the bell they share."""
     bell = FakeBell()
@@ -67,13 +58,6 @@ def reaping(url: str, work: Callable[[Any, Any], Awaitable[None]]) -> FakeBell:
     return bell
 
 
-async def turns(reaper: Reaper, clock: SimpleNamespace, seconds: float) -> None:
-    """Turns of the reaper for so long by its own clock."""
-    for _ in range(round(seconds / ROUND_S)):
-        await turn(reaper)
-        clock.now += ROUND_S
-
-
 async def turn(reaper: Reaper) -> bool:
     chosen = await reaper.turn()
     if reaper.ringing is not None:
@@ -81,21 +65,29 @@ async def turn(reaper: Reaper) -> bool:
     return chosen
 
 
-def lose_a_lease(store: Store, url: str) -> None:
+def lose_a_lease(store: Store, url: str, jobs: int = 3) -> None:
     """Jobs are claimed by a worker that dies."""
-    assert run(lambda client: leases.claim(client, "dead", "bulk", [""], 3, SHORT_S), url)
+    assert run(lambda client: leases.claim(client, "dead", "bulk", [""], jobs, SHORT_S), url)
     wait_until(store.client, redis_time(store.client) + SHORT_S)
 
 
-def test_what_a_dead_worker_held_is_free_again(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+def age(store: Store, **seconds: float) -> None:
+    """Makes what the reaper remembers so much older: `last` its last round, `patient_until` the end of its patience."""
+    for name, by in seconds.items():
+        store.client.hincrbyfloat(keys.ROUNDS, name, -by)
+
+
+def patience(store: Store) -> float:
+    """Seconds that live workers still have."""
+    return float(store.client.hget(keys.ROUNDS, "patient_until")) - redis_time(store.client)
+
+
+def test_what_a_dead_worker_held_is_free_again(store: Store, store_url: str) -> None:
     batch_id, *_ = store.submit(requests(3), NewBatch())
     lose_a_lease(store, store_url)
 
     async def work(make: Any, client: Any) -> None:
-        reaper = make("w")
-        await turns(reaper, clock, GAP_S)
-        assert store.status(batch_id).running == 3, "one that has just started leaves live workers time to renew"
-        await turn(reaper)
+        await turn(make("w"))
         assert store.status(batch_id).running == 0
         jobs = await leases.claim(client, "w", "bulk", [""], 3)
         assert [(job.index, job.crashes) for job in jobs] == [(0, 1), (1, 1), (2, 1)]
@@ -104,57 +96,88 @@ def test_what_a_dead_worker_held_is_free_again(store: Store, store_url: str, clo
     assert bell.rung == [(batch_id, "bulk", "", 1)], "once ready, it rang"
 
 
-@pytest.mark.parametrize("jump", [GAP_S, 3600.0, -10.0])
-def test_after_a_gap_it_waits_one_lease(store: Store, store_url: str, clock: SimpleNamespace, jump: float) -> None:
+@pytest.mark.parametrize("gap_s", [GAP_S, 3600.0, -10.0])
+def test_after_a_gap_it_waits_one_lease(store: Store, store_url: str, gap_s: float) -> None:
+    """Redis stood still, or the machine slept, or its clock was set back."""
     batch_id, *_ = store.submit(requests(3), NewBatch())
 
     async def work(make: Any, client: Any) -> None:
         reaper = make("w")
-        await turns(reaper, clock, GAP_S + 1)
+        await turn(reaper)
         await asyncio.to_thread(lose_a_lease, store, store_url)
-        clock.now += jump
-        await turns(reaper, clock, leases.LEASE_S)
+        age(store, last=gap_s)
+        await turn(reaper)
+        assert LEASE_S - 1 < patience(store) <= LEASE_S
+        await turn(reaper)
         assert store.status(batch_id).running == 3
+        age(store, patient_until=LEASE_S)
         await turn(reaper)
         assert store.status(batch_id).running == 0
 
     reaping(store_url, work)
 
 
-def test_one_that_never_reaped_notices_a_gap_too(store: Store, store_url: str, clock: SimpleNamespace) -> None:
-    """After an outage the lock is free, and whoever comes first gets it."""
+def test_a_round_that_was_sent_before_a_gap_takes_nothing_after_it(store: Store, store_url: str) -> None:
+    """As when Redis is stopped between two commands of a round."""
     batch_id, *_ = store.submit(requests(3), NewBatch())
 
     async def work(make: Any, client: Any) -> None:
-        await client.set(keys.REAPER, "another")
         reaper = make("w")
-        await turns(reaper, clock, 20)
+        await turn(reaper)
         await asyncio.to_thread(lose_a_lease, store, store_url)
-        assert not await turn(reaper)
-        await client.delete(keys.REAPER)
-        clock.now += 30
-        assert await turn(reaper)
+        chosen = reaper._chosen
+
+        async def stopped() -> bool:
+            is_chosen: bool = await chosen()
+            age(store, last=30.0)
+            return is_chosen
+
+        reaper._chosen = stopped
+        await turn(reaper)
         assert store.status(batch_id).running == 3
-        await turns(reaper, clock, leases.LEASE_S + 1)
+
+    reaping(store_url, work)
+
+
+def test_the_first_round_of_a_life_waits_less(store: Store, store_url: str) -> None:
+    """The gap may be the time between two lives of the only worker, whose jobs wait."""
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("dead"))
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        await client.delete(keys.REAPER)
+        age(store, last=GAP_S)
+        await turn(make("next"))
+        assert FIRST_PATIENCE_S - 1 < patience(store) <= FIRST_PATIENCE_S
+        assert store.status(batch_id).running == 3
+
+    reaping(store_url, work)
+
+
+def test_a_new_holder_of_the_lock_does_not_wait_without_need(store: Store, store_url: str) -> None:
+    """Another made the rounds until now."""
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+
+    async def work(make: Any, client: Any) -> None:
+        await turn(make("another"))
+        await asyncio.to_thread(lose_a_lease, store, store_url)
+        await client.delete(keys.REAPER)
+        assert await turn(make("w"))
         assert store.status(batch_id).running == 0
 
     reaping(store_url, work)
 
 
-def test_a_new_holder_of_the_lock_does_not_wait_without_need(
-    store: Store, store_url: str, clock: SimpleNamespace
+def test_more_leases_than_one_step_takes_are_taken_in_one_round(
+    store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reaped long ago, and has heard of Redis ever since."""
-    batch_id, *_ = store.submit(requests(3), NewBatch())
+    monkeypatch.setattr(module, "LEASES", 2)
+    batch_id, *_ = store.submit(requests(5), NewBatch(slice_size=1))
+    lose_a_lease(store, store_url, 5)
 
     async def work(make: Any, client: Any) -> None:
-        reaper = make("w")
-        await turns(reaper, clock, 10)
-        await client.set(keys.REAPER, "another")
-        await turns(reaper, clock, 60)
-        await asyncio.to_thread(lose_a_lease, store, store_url)
-        await client.delete(keys.REAPER)
-        assert await turn(reaper)
+        await turn(make("w"))
         assert store.status(batch_id).running == 0
 
     reaping(store_url, work)
@@ -172,12 +195,12 @@ def test_one_reaps_and_another_takes_over(store: Store, store_url: str) -> None:
     reaping(store_url, work)
 
 
-def test_it_keeps_its_lock_while_redis_is_out_of_memory(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+def test_it_keeps_its_lock_while_redis_is_out_of_memory(store: Store, store_url: str) -> None:
     batch_id, *_ = store.submit(requests(3), NewBatch())
 
     async def work(make: Any, client: Any) -> None:
         reaper = make("w")
-        await turns(reaper, clock, GAP_S + 1)
+        await turn(reaper)
         await asyncio.to_thread(lose_a_lease, store, store_url)
         store.client.config_set("maxmemory", 1)
         try:
@@ -209,14 +232,14 @@ def test_it_rings_silent_queues_only(store: Store, store_url: str) -> None:
     assert sorted(bell.rung) == sorted([(ids[0], "bulk", "", 3), (ids[2], "bulk", "simulate", 3)])
 
 
-def test_a_broker_that_is_away_hinders_nothing_else(store: Store, store_url: str, clock: SimpleNamespace) -> None:
+def test_a_broker_that_is_away_hinders_nothing_else(store: Store, store_url: str) -> None:
     batch_id, *_ = store.submit(requests(53), NewBatch())
 
     async def work(make: Any, client: Any) -> None:
         bell = FakeBell()
         bell.error = StoreUnavailable("the broker does not answer")
         reaper = Reaper(client, bell, "w")
-        await turns(reaper, clock, GAP_S + 1)
+        await turn(reaper)
         await asyncio.to_thread(lose_a_lease, store, store_url)
         await turn(reaper)
         assert store.status(batch_id).running == 0
@@ -234,9 +257,9 @@ def test_deadlines_expire_batches(store: Store, store_url: str) -> None:
         await turn(make("w"))
         status = store.status(batch_id)
         assert (status.state, status.expired, status.running) == (BatchState.CANCELLING, 2_998, 2)
-        assert await leases.renew(client, [jobs[0].token]) == (set(), {jobs[0].token}, set())
+        assert (await renew(client, [jobs[0].token]))[:3] == (set(), {jobs[0].token}, set())
         await leases.finish(client, batch_id, [ending(jobs[0], "s")])
-        await leases.give_back(client, batch_id, [(jobs[1], 0.0, b"")])
+        await leases.give_back(client, batch_id, [leases.Back(jobs[1])])
         status = store.status(batch_id)
         assert (status.state, status.expired, status.succeeded) == (BatchState.FINISHED, 2_999, 1)
 
@@ -260,7 +283,7 @@ def test_a_cancel_that_was_cut_is_swept_to_its_end(store: Store, store_url: str)
 def test_due_retries_are_woken(store: Store, store_url: str) -> None:
     batch_id, *_ = store.submit(requests(1), NewBatch())
     (job,) = run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url)
-    run(lambda client: leases.give_back(client, batch_id, [(job, SHORT_S, b"")]), store_url)
+    run(lambda client: leases.give_back(client, batch_id, [leases.Back(job, SHORT_S)]), store_url)
     assert run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url) == []
     wait_until(store.client, redis_time(store.client) + SHORT_S)
 

@@ -19,6 +19,7 @@ from jobs.store import Store
 from ops.simulator import RunningSimulator, running_simulator
 from tests.integration.commands import Box, Command, opened
 from tests.integration.store_model import redis_time
+from tests.integration.submission_stand import durable
 from tests.waiting import wait_for
 
 KEY = "sk-not-for-your-eyes"
@@ -328,6 +329,54 @@ def test_leases_of_the_dead_run_out(tmp_path: Path) -> None:
 
 
 # -- with a Redis of one's own
+
+
+def test_ctrl_c_ends_a_wait_for_the_store(box: Box) -> None:
+    box.prompts(3)
+    away = f"unix://{box.folder}/none.sock"
+    waits = [
+        box.start(*args, redis_url=away)
+        for args in (("run", "in.jsonl"), ("submit", "in.jsonl"), ("status",), ("results", "b", "--follow"))
+    ]
+    for command in waits:
+        command.heard("waiting for the store: Redis does not answer (ConnectionError): check MIMOQ_REDIS_URL")
+        to_command(command)
+    for command in waits:
+        assert command.wait(130).out == ""
+        assert command.err.count("waiting") == 1
+
+
+def test_a_run_whose_store_goes_away_waits_and_can_be_stopped(box: Box, sim: RunningSimulator, tmp_path: Path) -> None:
+    box.prompts(30)
+    with durable(tmp_path / "durable") as server:
+        here: dict[str, Any] = {"redis_url": server.url}
+        run = box.start("run", "in.jsonl", "--json", **here)
+        run.heard("no live worker")
+        server.kill()
+        run.heard("waiting for the store")
+        to_command(run)
+        assert run.wait(130).summary()["total"] == 30
+        # Again, and this time the store comes back.
+        server.start()
+        run = box.start("run", "in.jsonl", "--json", **here)
+        run.heard("no live worker")
+        server.kill()
+        run.heard("waiting for the store")
+        server.start()
+        run.heard("the store answers again")
+        worker = box.start("worker", "--lane", "bulk", **here)
+        assert run.wait(0).summary()["succeeded"] == 30
+        # A store that stays away ends the run, with one line for each.
+        box.prompts(31, "more.jsonl")
+        worker.signal(signal.SIGTERM)
+        worker.wait(0)
+        run = box.start("run", "more.jsonl", "--json", store_patience_s="0.3", **here)
+        run.heard("no live worker")
+        server.kill()
+        run.wait(1)
+        assert run.err.count("Redis does not answer") == 2
+        assert "mimoq: Redis does not answer" in run.err.splitlines()[-1]
+    assert paid(sim) == (30, 0)
 
 
 def test_commands_around_a_worker_of_ones_own(box: Box, sim: RunningSimulator, store_url: str) -> None:

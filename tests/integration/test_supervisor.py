@@ -134,6 +134,11 @@ def test_a_bad_setting_ends_it(box: Box, args: list[str]) -> None:
     box.empty()
 
 
-def test_a_store_that_is_away_at_the_start_is_told(box: Box) -> None:
-    ended = box.run("worker", "--lane", "bulk", status=1, redis_url="unix:///nowhere/valkey.sock")
-    assert "MIMOQ_REDIS_URL" in ended.err.splitlines()[-1]
+@pytest.mark.parametrize("args", [[], ["--lane", "bulk"]])
+def test_a_store_that_is_away_at_the_start_is_waited_for(box: Box, args: list[str]) -> None:
+    waiting = box.start("worker", *args, redis_url="unix:///nowhere/valkey.sock")
+    waiting.heard("waiting_for_store")
+    assert "check MIMOQ_REDIS_URL" in waiting.err
+    waiting.signal(signal.SIGTERM)
+    waiting.wait(0)
+    box.empty()

@@ -29,7 +29,7 @@ class NoStore:
     server = None
     closed = 0
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Any, say: Any) -> None:
         self.settings = settings
 
     @property
@@ -87,6 +87,9 @@ def test_help_says_what_there_is(mimoq: Mimoq) -> None:
         (["run", "in.jsonl", "--workers", "-1"], "--workers"),
         (["run", "in.jsonl", "--max-attempts", "0"], "--max-attempts"),
         (["run", "in.jsonl", "other.jsonl"], "unexpected extra argument"),
+        (["submit", "in.jsonl", "--deadline", "soon"], "--deadline"),
+        (["submit", "in.jsonl", "--deadline", "0"], "deadline_s: must be over 0"),
+        (["submit", "in.jsonl", "--idempotency-key", ""], "idempotency_key: must not be empty"),
         (["results"], "Missing argument"),
         (["cancel"], "Missing argument"),
     ],
@@ -336,11 +339,18 @@ def test_a_batch_that_is_not_there_is_told(
 
 
 def test_a_store_that_is_away_is_told(mimoq: Mimoq, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a line while it is waited for, then with one of how that ended."""
     monkeypatch.setenv("MIMOQ_REDIS_URL", "unix:///nowhere/valkey.sock")
-    for command in (["status"], ["results", "b"], ["cancel", "b"], ["submit", "in.jsonl"]):
-        status, out, err = mimoq(*command)
-        assert (status, out, len(err.splitlines())) == (1, "", 1)
-        assert "MIMOQ_REDIS_URL" in err
+    commands = (["status"], ["results", "b"], ["cancel", "b"], ["pause", "b"], ["resume", "b"], ["submit", "in.jsonl"])
+    for patience_s, said in (("0", []), ("0.01", ["waiting for the store"])):
+        monkeypatch.setenv("MIMOQ_STORE_PATIENCE_S", patience_s)
+        for command in commands:
+            status, out, err = mimoq(*command)
+            assert (status, out) == (1, "")
+            assert [line.split(":")[0] for line in err.splitlines()] == [*said, "mimoq"]
+            assert all(
+                "Redis does not answer (ConnectionError): check MIMOQ_REDIS_URL" in line for line in err.splitlines()
+            )
 
 
 def test_a_queued_batch_without_workers(
@@ -437,3 +447,23 @@ def test_submitting_bad_lines_submits_none(mimoq: Mimoq, monkeypatch: pytest.Mon
     Path("in.jsonl").write_text(GOOD + "nonsense\n")
     refused(mimoq("submit", "in.jsonl"), "1 bad lines, nothing was submitted")
     assert mimoq("status", "--json") == (0, "", "")
+
+
+def test_a_repeated_submit_gives_the_batch_that_is_there(
+    mimoq: Mimoq, monkeypatch: pytest.MonkeyPatch, store_url: str
+) -> None:
+    monkeypatch.setenv("MIMOQ_REDIS_URL", store_url)
+    args = ("submit", "in.jsonl", "--idempotency-key", KEY)
+    status, batch, err = mimoq(*args, "--deadline", "1000")
+    assert (status, err) == (0, "")
+    client: Any = connect(store_url)
+    assert client.zscore(keys.DEADLINES, batch.strip()) is not None
+    assert not [name for name in client.keys("*") if KEY.encode() in name]
+    assert KEY.encode() not in b"".join(client.hvals(keys.batch(batch.strip())))
+    status, again, err = mimoq(*args)
+    assert (status, again) == (0, batch)
+    assert err == f"batch {batch.strip()} of this idempotency key was there already; nothing was submitted again\n"
+    Path("in.jsonl").write_text(GOOD + GOOD.replace("queue", "ring"))
+    refused(mimoq(*args), batch.strip(), "has other requests", "a key of their own")
+    assert client.zcard(keys.BATCHES) == 1
+    client.close()

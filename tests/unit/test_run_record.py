@@ -50,15 +50,15 @@ def test_what_the_engine_needs_of_a_body(body: bytes, model: str, most: int | No
 
 def test_attempts_go_on_where_an_earlier_holder_left_them() -> None:
     run = run_of()
-    assert run.attempts_json() == b""
+    assert run.back(0.0).attempts == b""
     for status in (429, 401, 500):
         outcome = outcome_of(status, None)
         run.add(outcome, classify(outcome, CHAT), "acct", 1.23456)
     assert run.counted == 1
-    again = run_of(attempts=run.attempts_json())
+    again = run_of(attempts=run.back(0.0).attempts)
     assert again.attempts == run.attempts
     assert again.counted == 1
-    first = json.loads(run.attempts_json())[0]
+    first = json.loads(run.back(0.0).attempts)[0]
     assert first["verdict"] == "rate_limited"
     assert (first["at"], first["latency_s"], first["wait_s"], first["status"]) == (1.235, 0.9877, 1.235, 429)
 
@@ -150,7 +150,7 @@ def tried(*statuses: int) -> Run:
 def test_refusals_in_a_row(statuses: tuple[int, ...], refusals: int) -> None:
     run = tried(*statuses)
     assert run.refusals == refusals
-    assert run_of(attempts=run.attempts_json()).refusals == refusals
+    assert run_of(attempts=run.back(0.0).attempts).refusals == refusals
 
 
 def test_refusals_for_hours_are_folded_and_still_counted() -> None:
@@ -161,13 +161,13 @@ def test_refusals_for_hours_are_folded_and_still_counted() -> None:
     ]  # fmt: skip
     assert (run.refusals, run.counted, calls_of(run.attempts)) == (250, 1, 252)
     # As much after a way back, and with the end.
-    again = run_of(attempts=run.attempts_json())
+    again = run_of(attempts=run.back(0.0).attempts)
     again.add(*attempt(429), "acct", 0.0)
     assert (len(again.attempts), again.refusals, again.counted) == (MOST_RECORDS, 251, 1)
     outcome = outcome_of(200, ANSWER)
     verdict = classify(outcome, CHAT)
     again.add(outcome, verdict, "acct", 0.0)
-    assert again.end(outcome, verdict, True).calls == 254
+    assert again.end(outcome, verdict, True).calls == 2, "those before were told with the way back"
     assert again.refusals == 0
 
 
@@ -177,7 +177,7 @@ def test_a_folded_record_has_the_firsts_figures_and_the_usage_of_all() -> None:
         outcome, verdict = attempt(429, Usage(1, 2, 0, 0, 3) if at in (1, 2) else None, at == 2)
         outcome.started_at = float(at)
         run.add(outcome, verdict, f"a{at}", at / 4)
-    first, second, *_ = json.loads(run.attempts_json())
+    first, second, *_ = json.loads(run.back(0.0).attempts)
     assert first == {
         "at": 0.0, "latency_s": 0.0, "verdict": "rate_limited", "account": "a0", "status": 429, "times": 4,
         "usage": {"prompt_tokens": 2, "completion_tokens": 4, "reasoning_tokens": 0, "cached_tokens": 0,

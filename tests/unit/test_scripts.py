@@ -13,7 +13,7 @@ from redis.exceptions import NoScriptError
 from jobs.scripts import INCLUDE, Script, source
 
 #: No scripts of their own.
-INCLUDED = {"common.lua", "limits.lua", "adapt.lua"}
+INCLUDED = {"common.lua", "handing.lua", "limits.lua", "adapt.lua"}
 NAMES = [
     (package, path.name.removesuffix(".lua"))
     for package in ("jobs", "worker")
@@ -21,7 +21,7 @@ NAMES = [
     if path.name.endswith(".lua") and path.name not in INCLUDED
 ]
 #: They store what was paid for, or free room; all others are refused when Redis is out of memory.
-ALWAYS = {"finish", "give_back", "renew", "reap", "sweep", "settle"}
+ALWAYS = {"finish", "store", "give_back", "beat", "reap", "sweep", "retention", "audit", "settle"}
 
 
 class FakeClient:

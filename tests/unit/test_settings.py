@@ -42,6 +42,7 @@ def test_defaults() -> None:
     assert (settings.rpm, settings.tpm, settings.max_in_flight, settings.api_key, settings.redis_url) == (None,) * 5
     assert (settings.worker_max_in_flight, settings.slice_size, settings.max_attempts) == (512, 50, 5)
     assert (settings.call_timeout_s, settings.drain_s, settings.max_line_bytes) == (600.0, 30.0, 20_000_000)
+    assert (settings.store_patience_s, load_settings(store_patience_s=0).store_patience_s) == (60.0, 0.0)
     assert (settings.data_dir, settings.result_compression, settings.log_format) == (Path(".mimoq"), "gzip", None)
 
 
@@ -123,6 +124,8 @@ def test_every_field_that_may_hold_a_password_is_secret() -> None:
         ("api_key", f"{SECRET}é"),
         ("api_key", f"{SECRET}\x07x"),
         ("redis_url", f"http://:{SECRET}@h"),
+        ("redis_url", f"redis://:{SECRET}/x@h"),
+        ("redis_url", f"redis://:{SECRET}\u2100@h"),
         ("base_url", f"https://user:{SECRET}@host"),
         ("base_url", f"https://host/?key={SECRET}"),
         ("base_url", f"http://{SECRET}.example"),
@@ -225,6 +228,8 @@ def test_a_bad_redis_url_is_refused(url: str) -> None:
         ("slice_size", 1001),
         ("drain_s", -0.1),
         ("drain_s", "inf"),
+        ("store_patience_s", -0.1),
+        ("store_patience_s", "inf"),
         ("streaming", "sometimes"),
         ("result_compression", "zstd"),
         ("log_level", "loud"),

@@ -1,19 +1,21 @@
 -- Reserves upstream calls on one (account, model), for a block of jobs in one round trip.
 --
 -- KEYS[1..5] see limits.lua    KEYS[6] models with a record (zset: '<account>:<model>' -> time of last use)
+-- KEYS[7] what keys of leases begin with (hash: c<index> = calls of that job that were let through under the lease)
 -- ARGV[1] requests a minute, '' for no limit     ARGV[2] tokens a minute, ''     ARGV[3] calls in flight, ''
 -- ARGV[4] share of the rates that is interactive jobs'    ARGV[5] seconds a reservation lives unless renewed
 -- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
 -- ARGV[8] this record's member of KEYS[6]
--- ARGV[9..] token estimate of each candidate
+-- ARGV[9..] of each candidate: its token estimate, and if it is a job that is held, a space, its fencing token, a space, its
+--   index: the lease remembers the call, so that one which its worker does not live to tell of is on record (reap.lua)
 --
 -- Returns {delays in ms of the granted candidates, in order, ms after which to ask again, what bound ('' if nothing:
 -- requests, tokens, concurrency, window, interactive, share, or a gate's reason), 'account' or 'model' where a gate is
 -- shut, else '', 1 if the call is a probe of one, the time in ms}. Ids are prefix .. '.' .. position.
 --
--- Rates: buckets that hold 1% of the limit spread the calls (that of requests refills at 98.5% of it); the log of the last minute, in
--- quarters of a second, sees to it that no sliding minute ever holds more than the limit, whatever is given back when and
--- however late within half a second a call starts. The token bucket may owe. A request larger than the token burst saves
+-- Rates: buckets that hold 1% of the limit spread the calls (that of requests refills at 98.5% of it); the log of the last
+-- minute, in quarters of a second, sees to it that no sliding minute ever holds more than the limit, whatever is given back
+-- when and however late within half a second a call starts. The token bucket may owe. A request larger than the token burst saves
 -- up for itself while others wait; one larger than a minute's budget goes alone. Each candidate is granted whole or not at
 -- all, at most 100 ms ahead.
 --
@@ -98,9 +100,8 @@ for _, key in ipairs({KEYS[2], KEYS[3]}) do
   end
 end
 rec.again = again or rec.again
-local bulk_flying, flying = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
-local interactive_flying = flying
-flying = flying + bulk_flying
+local bulk_flying, interactive_flying = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
+local flying = bulk_flying + interactive_flying
 local cap, capped = math.floor(rec.window), 'window'
 if (tonumber(ARGV[3]) or cap) < cap then cap, capped = tonumber(ARGV[3]), 'concurrency' end
 if probe == 1 then cap, capped = tonumber(ARGV[3]) or 1e9, 'concurrency' end
@@ -149,11 +150,18 @@ local function hindrance(need)
   return what, wait, what ~= ''
 end
 
-local ids, lost_at = {}, string.format('%.6f', now + tonumber(ARGV[5]))
+local held = {} -- by fencing token: whether the lease is still there
+local function remember(token, index)
+  if held[token] == nil then held[token] = redis.call('EXISTS', KEYS[7] .. token) == 1 end
+  if held[token] then redis.call('HINCRBY', KEYS[7] .. token, 'c' .. index, 1) end
+end
+
+local ids, lost_at = {}, string.format('%.6f', now + LOST_S)
 for i = 1, candidates do
-  local need = tonumber(ARGV[CANDIDATES - 1 + i])
+  local need, token, index = string.match(ARGV[CANDIDATES - 1 + i], '^(%S+) ?(%S*) ?(%d*)$')
+  need = tonumber(need)
   local what, wait, rated = hindrance(need)
-  if wait and wait > AHEAD then
+  if wait > AHEAD then
     ask, bound = wait - AHEAD, what
     local until_ = now + math.min(ask, 1) + WAITS_S
     if interactive then
@@ -165,11 +173,11 @@ for i = 1, candidates do
     end
     break
   end
-  wait = wait or 0
   requests, tokens, share = requests - 1, tokens - need, share - (interactive and cost(need) or 0)
   flying = flying + 1
   if interactive then interactive_flying = interactive_flying + 1 else bulk_flying = bulk_flying + 1 end
   note(rec, now + wait, 1, need)
+  if token ~= '' then remember(token, index) end
   if rec.big_by == ARGV[7] then rec.big, rec.big_by, rec.big_since, rec.big_until = nil, nil, nil, nil end
   delays[i] = math.ceil(wait * 1000)
   ids[2 * i - 1], ids[2 * i] = lost_at, ARGV[6] .. '.' .. i

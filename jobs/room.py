@@ -1,0 +1,113 @@
+"""Room for answers: a submit that Redis could not hold the answers of is refused before anything is called.
+
+Redis out of memory would stop every batch, and answers that were paid for would wait in workers. Where Redis has no
+`maxmemory`, or does not let its user ask, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import keys
+from jobs.connections import redis_errors
+from jobs.errors import NoRoom, StoreRefused
+
+#: Bytes an answer is expected to take while no batch tells: a thousand tokens of text, compressed, and its record.
+ANSWER_BYTES = 2_048
+#: Bytes that Redis takes for a result beside its value; measured with Valkey 9.1, values of 300 B to 9 kB.
+KEY_BYTES = 140
+#: The share of `maxmemory` that is left free.
+MARGIN = 0.02
+#: Seconds for which the last look at other batches serves.
+LOOK_S = 5.0
+#: Newest batches whose answers tell the size of those to come.
+TELLING = 100
+
+
+@dataclass(slots=True)
+class _Look:
+    """What other batches have in store: jobs whose answers are still to come, and bytes an answer takes."""
+
+    at: float
+    outstanding: int
+    answer_bytes: float
+
+
+class Room:
+    """Watches the room of the Redis that holds results; `client` is the store's own. For one thread."""
+
+    def __init__(self, client: Any, results: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._results = results
+        self._clock = clock
+        self._free = 0.0
+        self._asked_at: float | None = None
+        self._look: _Look | None = None
+
+    def check(self, jobs: int, size: int) -> None:
+        """Raises `NoRoom` when the answers of so many new jobs, beside `size` bytes about to be written, find no room."""
+        with redis_errors():
+            free = self._free_bytes()
+            if free is None:
+                return
+            look = self._look
+            if look is None or self._clock() - look.at > LOOK_S:
+                self._look = look = self._look_around()
+        written = size if self._results is self._client else 0
+        needed = (look.outstanding + jobs) * look.answer_bytes + written
+        if needed > free:
+            others = f" beside {look.outstanding:,} of other batches" if look.outstanding else ""
+            raise NoRoom(
+                f"no room for the answers: {jobs:,} jobs{others} need about {_mb(needed)} MB of Redis's memory, "
+                f"{_mb(max(free, 0))} MB are free; nothing was submitted: raise its maxmemory, wait until batches "
+                "finish or expire, or submit fewer"
+            )
+
+    def added(self, jobs: int) -> None:
+        """So many jobs are outstanding now that were not at the last look."""
+        if self._look is not None:
+            self._look.outstanding += jobs
+
+    def _free_bytes(self) -> float | None:
+        """None where there is no limit, which is asked for now and then only."""
+        now = self._clock()
+        if self._asked_at is not None and now - self._asked_at <= LOOK_S:
+            return None
+        try:
+            with redis_errors():
+                memory = self._results.info("memory")
+        except StoreRefused:
+            memory = {}
+        limit = int(memory.get("maxmemory", 0))
+        if not limit:
+            self._asked_at = now
+            return None
+        self._asked_at = None
+        used = int(memory["used_memory"]) - int(memory.get("mem_not_counted_for_evict", 0))
+        return limit * (1 - MARGIN) - used
+
+    def _look_around(self) -> _Look:
+        now = self._clock()
+        open_ids = self._client.zrange(keys.OPEN, 0, -1)
+        newest = self._client.zrevrange(keys.BATCHES, 0, TELLING - 1)
+        pipe = self._client.pipeline(transaction=False)
+        for name in open_ids:
+            pipe.hmget(keys.batch(name.decode()), "total", "succeeded", "failed", "cancelled", "expired")
+        for name in newest:
+            pipe.hmget(keys.batch(name.decode()), "result_bytes", "succeeded", "failed", "answered")
+        replies = [[int(value or 0) for value in reply] for reply in pipe.execute()]
+        outstanding = sum(total - sum(ended) for total, *ended in replies[: len(open_ids)])
+        stored = [
+            (size, succeeded + failed - answered) for size, succeeded, failed, answered in replies[len(open_ids) :]
+        ]
+        told = [(size, answers) for size, answers in stored if size > 0 and answers > 0]
+        answers = sum(answers for _, answers in told)
+        mean = sum(size for size, _ in told) / answers if answers else ANSWER_BYTES
+        return _Look(now, outstanding, mean + KEY_BYTES)
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f}"

@@ -1,0 +1,147 @@
+"""What is kept, and until when: results go with their batch, memory returns, nothing stays behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs import keys, leases
+from jobs.connections import connect, connect_async
+from jobs.leases import Job
+from jobs.states import BatchState
+from jobs.store import Store
+from jobs.submission import NewBatch
+from tests.integration.store_model import ending, requests, run
+from tests.waiting import wait_for
+from worker.outside import Outside
+from worker.reaper import Reaper
+
+LARGE = 1_100
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    client = connect(store_url)
+    yield Store(client)
+    client.close()
+
+
+class NoBell:
+    def depth(self, lane: str, upstream: str) -> int:
+        return 1
+
+    def ring(self, batch_id: str, lane: str, upstream: str, times: int) -> None:
+        raise AssertionError("nobody rings")
+
+
+def reap(url: str, results_url: str = "") -> None:
+    """One round of the reaper."""
+
+    async def work(client: Any) -> None:
+        results = connect_async(results_url) if results_url else None
+        await Reaper(client, NoBell(), "w", Outside(client, results) if results is not None else None).turn()
+        if results is not None:
+            await results.aclose(close_connection_pool=True)
+
+    run(work, url)
+
+
+def end_all(url: str, letters: str = "s", results_url: str = "") -> list[Job]:
+    """A worker claims and ends whatever is ready; the jobs it ended."""
+
+    async def work(client: Any) -> list[Job]:
+        results = connect_async(results_url) if results_url else None
+        outside = Outside(client, results) if results is not None else None
+        ended: list[Job] = []
+        while jobs := await leases.claim(client, "w", "bulk", [""], 500):
+            for batch_id in {job.batch_id for job in jobs}:
+                block = [ending(job, letters[job.index % len(letters)]) for job in jobs if job.batch_id == batch_id]
+                if outside is not None:
+                    await outside.write(block)
+                await leases.finish(client, batch_id, block, stored_elsewhere=outside is not None)
+            ended += jobs
+        if results is not None:
+            await results.aclose(close_connection_pool=True)
+        return ended
+
+    return list(run(work, url))
+
+
+def expiries(client: Any, jobs: list[Job]) -> set[int]:
+    """When the results of these jobs go, as Unix seconds; -1: never."""
+    pipe = client.pipeline(transaction=False)
+    for job in jobs:
+        pipe.expiretime(keys.result(job.job_id))
+    return set(pipe.execute())
+
+
+def test_a_thousand_batches_leave_nothing_behind(store: Store, store_url: str) -> None:
+    def names() -> set[bytes]:
+        return set(store.client.keys("*"))
+
+    warm, *_ = store.submit(requests(2), NewBatch(ttl_s=1))
+    end_all(store_url)
+    reap(store_url)
+    wait_for(lambda: not store.client.exists(keys.batch(warm)), what="the retention of the first is over")
+    reap(store_url)
+    before = names()
+    for place in range(1_000):
+        deadline_s = 0.001 if place % 7 == 0 else None
+        batch_id, *_ = store.submit(
+            requests(1 + place % 3), NewBatch(ttl_s=1, identity=f"i{place}", deadline_s=deadline_s)
+        )
+        if place % 5 == 0:
+            store.cancel(batch_id)
+        if place % 100 == 99:
+            end_all(store_url, "sf")
+            reap(store_url)
+
+    def gone() -> bool:
+        reap(store_url)
+        return names() == before
+
+    wait_for(gone, 20, "as many keys as before")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_results_of_a_large_batch_go_with_it_too(store: Store, store_url: str, elsewhere: bool) -> None:
+    results_url = f"{store_url}?db=4" if elsewhere else ""
+    if elsewhere:
+        store.client.set(keys.ELSEWHERE, 1)
+    results = connect(results_url) if elsewhere else store.client
+    both = Store(store.client, results)
+    batch_id, *_ = both.submit(requests(LARGE), NewBatch(ttl_s=500))
+    cancelled, *_ = both.submit(requests(LARGE), NewBatch(ttl_s=500))
+    store.pause(cancelled)
+    jobs = end_all(store_url, "s" * 9 + "f", results_url)
+    assert len(jobs) == LARGE
+    assert both.status(batch_id).state is BatchState.FINISHED
+    assert expiries(results, jobs) == {-1}
+    both.cancel(cancelled)
+    reap(store_url, results_url)
+    (at,) = expiries(results, jobs)
+    assert abs(at - store.client.expiretime(keys.batch(batch_id))) <= 1
+    assert store.client.hlen(keys.RETIRING) == 0
+    assert -1 not in {results.expiretime(keys.result(f"{cancelled}-{index}")) for index in (0, LARGE - 1)}
+    # Opened again, it keeps what it has.
+    assert both.requeue_failed(batch_id) == LARGE // 10
+    answered = [job for job in jobs if job.index % 10 != 9]
+    assert expiries(results, answered) == {-1}
+    again = end_all(store_url, results_url=results_url)
+    assert len(again) == LARGE // 10
+    reap(store_url, results_url)
+    assert -1 not in expiries(results, jobs)
+    if elsewhere:
+        results.flushdb()
+        results.close()
+
+
+def test_results_are_told_to_go_also_when_their_batch_is_gone(store: Store, store_url: str) -> None:
+    """No worker lived while it was kept."""
+    batch_id, *_ = store.submit(requests(LARGE), NewBatch(ttl_s=500))
+    jobs = end_all(store_url)
+    store.client.delete(keys.batch(batch_id))
+    reap(store_url)
+    assert -1 not in expiries(store.client, jobs)
