@@ -1,12 +1,37 @@
-"""Starting processes that outlive their starter, and ending those that must not."""
+"""Starting processes that outlive their starter, ending those that must not, and seeing that one can't live."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+#: Deaths within `DEATHS_S`, each within `SOON_S` of its start, that a starter puts up with. A worker that dies later was
+#: killed, or killed by a job, and the next one will do.
+DEATHS = 5
+DEATHS_S = 60.0
+SOON_S = 8.0
+
+
+class Deaths:
+    """The deaths of a starter's processes; `clock` counts seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._soon: deque[float] = deque()
+
+    def too_many(self, started_at: float) -> bool:
+        """Whether, with one that started then and has just died, so many died soon that no other should be started."""
+        now = self._clock()
+        if now - started_at < SOON_S:
+            self._soon.append(now)
+        while self._soon and self._soon[0] < now - DEATHS_S:
+            self._soon.popleft()
+        return len(self._soon) > DEATHS
 
 
 def spawn_detached(

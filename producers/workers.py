@@ -12,15 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.errors import MimoqError
+from jobs.processes import Deaths
 
-#: Deaths of workers within `WINDOW_S` that a command puts up with.
-DEATHS = 5
-WINDOW_S = 60.0
 RESTART_S = 0.2
 #: A log of earlier workers that is longer is put aside (one is kept).
 LOG_BYTES = 10_000_000
@@ -39,7 +36,8 @@ class Workers:
         self._told = b""
         self._log = Path(os.devnull)
         self._children: list[subprocess.Popen[bytes]] = []
-        self._deaths: deque[float] = deque()
+        self._started_at: dict[int, float] = {}  # by process id
+        self._deaths = Deaths()
         self._start_at = 0.0
         self._patience_s = 5.0
         self.stopping = False
@@ -49,7 +47,7 @@ class Workers:
 
         A command does this first of all. The worker learns its settings when it may begin, and ends if it never may.
         """
-        self._children.append(_spawn())
+        self._add(_spawn())
 
     def begin(self, count: int, settings: Mapping[str, str], log: Path, drain_s: float, rings: Rings) -> None:
         """Lets `count` workers take jobs, with these `MIMOQ_...` variables over their environment's.
@@ -86,17 +84,17 @@ class Workers:
                 continue
             self._children.remove(child)
             _close(child)
-            self._deaths.append(now)
-            while self._deaths[0] < now - WINDOW_S:
-                self._deaths.popleft()
-            if code == 2 or len(self._deaths) > DEATHS:
+            if self._deaths.too_many(self._started_at.pop(child.pid)) or code == 2:
                 raise MimoqError(f"the worker process ended with {code}: {self._last_words()}")
             self._start_at = now + RESTART_S
         if now >= self._start_at:
             while len(self._children) < self._count:
-                child = _spawn()
-                self._children.append(child)
-                self._tell(child, self._told)
+                self._tell(self._add(_spawn()), self._told)
+
+    def _add(self, child: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        self._children.append(child)
+        self._started_at[child.pid] = time.monotonic()
+        return child
 
     def _last_words(self) -> str:
         try:

@@ -1,8 +1,8 @@
 """The supervisor: several worker processes, kept alive until told to stop.
 
-What goes wrong: a worker process that dies is started again after a second, and its leases run out; five deaths in a
-minute, or one worker that refuses its settings, end them all with a line. SIGTERM, SIGINT and SIGQUIT are passed on, each
-time they come: to the workers the second means more than the first.
+What goes wrong: a worker process that dies is started again after a second, and its leases run out; more than five in a
+minute that die soon after their start, or one that refuses its settings, end them all with a line. SIGTERM, SIGINT and
+SIGQUIT are passed on, each time they come: to the workers the second means more than the first.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from types import FrameType
 
+from jobs.processes import Deaths
 from worker.drain import SIGNALS
-
-#: Deaths of workers within `WINDOW_S` that a supervisor puts up with.
-DEATHS = 5
-WINDOW_S = 60.0
 
 
 class Supervisor:
@@ -28,7 +24,8 @@ class Supervisor:
         self._lanes = lanes
         self._exit_with_stdin = exit_with_stdin
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._deaths: deque[float] = deque()
+        self._started_at: dict[int, float] = {}
+        self._deaths = Deaths()
         self._stopping = False
 
     def run(self) -> int:
@@ -53,7 +50,7 @@ class Supervisor:
                 if self._stopping:
                     # SIGTERM ends one at once that had not begun yet.
                     status = status or int(code not in (0, -signal.SIGTERM))
-                elif code == 2 or self._too_many():
+                elif code == 2 or self._deaths.too_many(self._started_at[place]):
                     print(f"mimoq worker: a worker process ended with {code}; giving up", file=sys.stderr)
                     status = code if code == 2 else 1
                     self._stop(signal.SIGTERM, None)
@@ -69,15 +66,9 @@ class Supervisor:
         # In a session of its own, so that a terminal's Ctrl-C comes once, from here.
         child = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
         self._children[place] = child
+        self._started_at[place] = time.monotonic()
         if self._stopping:  # told so while it was being started
             child.send_signal(signal.SIGTERM)
-
-    def _too_many(self) -> bool:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - WINDOW_S:
-            self._deaths.popleft()
-        return len(self._deaths) > DEATHS
 
     def _stop(self, _: int, __: FrameType | None) -> None:
         self._stopping = True
