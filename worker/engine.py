@@ -43,9 +43,10 @@ from worker.verdict import Kind, Policy, Verdict, backoff, classify
 LONG_WAIT_S = 10.0
 #: A reservation that is this late is not used: limits.lua reckons with as much.
 LATE_S = 0.5
-#: Seconds that the drain waits for calls it has broken off, and for the store to take what is to be written.
+#: Seconds that the drain waits for calls it has broken off, and for the store to take what is to be written: a restart of
+#: Redis should cost no answer.
 BREAK_OFF_S = 5.0
-WRITE_S = 10.0
+WRITE_S = 30.0
 
 log = structlog.get_logger("worker.engine")
 
@@ -357,8 +358,8 @@ class Engine:
         self.intake.stop()
         self.give_back_waiting()
 
-    async def drain(self, seconds: float) -> None:
-        """Stops, lets calls in flight end for at most `seconds`, writes everything down."""
+    async def drain(self, seconds: float) -> bool:
+        """Stops, lets calls in flight end for at most `seconds`, writes everything down; whether that could be done."""
         self.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(0.0 if self._hurried else seconds) as self._drain:
@@ -376,6 +377,8 @@ class Engine:
             await asyncio.wait_for(self.flusher.flushed(), WRITE_S)
         except TimeoutError:
             log.error("drain_could_not_write")
+            return False
+        return True
 
     def hurry(self) -> None:
         """The time of the drain, under way or to come, is over now."""

@@ -18,7 +18,7 @@ from jobs import logs
 from jobs.broker import Bell, make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
-from jobs.errors import StoreRefused, StoreUnavailable
+from jobs.errors import StoreUnavailable
 from jobs.settings import load_settings
 from worker.drain import drain
 from worker.thread import RETRY_S, EngineThread
@@ -49,7 +49,7 @@ class Host:
         self._started = False
 
     def start(self) -> None:
-        """Starts the engine, unless it runs, as soon as the store answers. Raises `SchemaVersionError`, `StoreRefused`."""
+        """Starts the engine, unless it runs, as soon as the store answers. Raises `SchemaVersionError`."""
         if self._started:
             return
         self._wait_for_store()
@@ -65,8 +65,6 @@ class Host:
                 try:
                     check_schema(client)
                     break
-                except StoreRefused:
-                    raise
                 except StoreUnavailable as error:
                     now = time.monotonic()
                     if said_at is None or now - said_at >= REMIND_S:

@@ -104,11 +104,7 @@ class EngineThread:
             try:
                 await self._told.wait()
                 log.info("draining", in_flight=len(engine.flying), held=len(engine.holding))
-                await engine.drain(self._settings.drain_s)
-                with contextlib.suppress(TimeoutError):
-                    # Nothing to wait for, if the drain could write.
-                    await asyncio.wait_for(engine.flusher.flushed(), 0.1)
-                    self.written = True
+                self.written = await engine.drain(self._settings.drain_s)
             finally:
                 await engine.close()
                 with contextlib.suppress(TimeoutError):
