@@ -92,7 +92,8 @@ class Run:
                 request_id=outcome.request_id,
                 wait_s=round(wait_s, 3),
                 usage=outcome.usage,
-                maybe_billed=verdict.maybe_billed,
+                # Also an answer that did not tell its usage, as a stream that was cut behind its last word.
+                maybe_billed=verdict.maybe_billed or (verdict.kind is Kind.SUCCEEDED and outcome.usage is None),
                 counted=counted and verdict.kind not in (Kind.REFUSED, Kind.GATE),
             )
         )

@@ -79,6 +79,14 @@ def test_success_sums_the_usage_of_every_call() -> None:
         assert (stored.mimoq.custom_id, stored.mimoq.error) == ("c4", None)
 
 
+@pytest.mark.parametrize(("usage", "marked"), [(b',"usage":{"total_tokens":5}', False), (b"", True)])
+def test_a_success_that_does_not_tell_its_usage_is_marked(usage: bytes, marked: bool) -> None:
+    run = run_of()
+    outcome = outcome_of(200, b'{"choices":[{"message":{"content":"hi"}}]%s}' % usage)
+    run.add(outcome, classify(outcome, CHAT), "acct", 0.0)
+    assert [attempt.maybe_billed for attempt in run.attempts] == [marked]
+
+
 @pytest.mark.parametrize(
     ("status", "body", "message", "kept"),
     [
