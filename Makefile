@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-limits format lock docs clean
+.PHONY: help setup demo test check chaos bench bench-limits format lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -18,10 +18,10 @@ demo: setup ## run the example prompts against the simulator and show the answer
 	@$(BIN)/mimoq run examples/prompts.jsonl --simulate --fresh --overwrite --workers 1
 	@$(BIN)/python examples/show.py examples/prompts.out.jsonl
 
-test: setup ## run all tests and measure their coverage
-	@$(BIN)/pytest -q --cov --cov-report=term:skip-covered
+test: setup ## run the tests, but for the chaos, and measure their coverage
+	@$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
 
-check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests
+check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests, two minutes of chaos
 	@echo "format" && $(BIN)/ruff format --quiet --check . || { echo "run: make format" >&2; exit 1; }
 	@echo "lint" && $(BIN)/ruff check --quiet .
 	@echo "types" && $(BIN)/mypy --no-error-summary
@@ -29,6 +29,12 @@ check: setup ## what continuous integration runs: format, lint, types, import ru
 	@echo "documents" && $(BIN)/python -m ops.docs --check
 	@echo "tests"
 	@$(MAKE) --no-print-directory test
+	@echo "chaos"
+	@$(BIN)/pytest -q -rP tests/chaos
+
+chaos: setup ## harm everything for MINUTES=2 by SEED=..., or KILLS=100 workers, or a deploy in ROLLING=20000 jobs, and count the money
+	@$(BIN)/python -m tests.chaos $(if $(KILLS),--kills $(KILLS),$(if $(ROLLING),--rolling --jobs $(ROLLING),\
+		--minutes $(or $(MINUTES),2) $(if $(SEED),--seed $(SEED))))
 
 bench: setup ## a run beside a bare loop, as a ratio (about a minute)
 	@$(BIN)/python -m ops.bench.run

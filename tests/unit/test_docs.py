@@ -147,3 +147,13 @@ def test_the_states_page_draws_every_state() -> None:
     jobs, batches = re.findall(r"(?s)```mermaid\n(.*?)```", page)
     for diagram, states in ((jobs, JobState), (batches, BatchState)):
         assert set(re.findall(r"\w+", re.sub(r":.*|stateDiagram-v2", "", diagram))) == {state.value for state in states}
+
+
+def test_every_promise_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    gone = [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")]
+    assert gone == []
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    assert all("`tests/" in row for row in rows), "a promise without a test"
