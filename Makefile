@@ -2,6 +2,7 @@
 # Works with GNU make 3.81 (macOS) and newer.
 
 BIN := .venv/bin
+TEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
@@ -18,8 +19,8 @@ demo: setup ## run the example prompts against the simulator and show the answer
 	@$(BIN)/mimoq run examples/prompts.jsonl --simulate --fresh --overwrite --workers 1
 	@$(BIN)/python examples/show.py examples/prompts.out.jsonl
 
-test: setup ## run the tests, but for the chaos, and measure their coverage
-	@$(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered
+test: setup ## run the tests, but for the chaos
+	@$(TEST)
 
 check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests, two minutes of chaos
 	@echo "format" && $(BIN)/ruff format --quiet --check . || { echo "run: make format" >&2; exit 1; }
@@ -28,7 +29,7 @@ check: setup ## what continuous integration runs: format, lint, types, import ru
 	@echo "import rule" && $(BIN)/lint-imports --no-cache >.venv/imports.log || { cat .venv/imports.log; exit 1; }
 	@echo "documents" && $(BIN)/python -m ops.docs --check
 	@echo "tests"
-	@$(MAKE) --no-print-directory test
+	@$(TEST) --cov --cov-report=term:skip-covered
 	@echo "chaos"
 	@$(BIN)/pytest -q -rP tests/chaos
 
