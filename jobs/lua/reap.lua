@@ -10,13 +10,16 @@
 -- Returns {leases taken back, jobs of them, batches woken, seconds of a gap that was noticed now or 0}.
 --
 -- A lease that ran out is a crash of its worker, unless that lives: then it never heard of its claim. Calls it had begun are
--- on record in the lease (reserve.lua), and go to the job's attempts: they may have been billed. Jobs of a slice that saw CRASHES go into quarantine; there alone a crash
--- counts against a job, and if it had been called. The second one marks it as poison, or the fifth while workers
--- die in its absence too: then somebody kills them from outside.
+-- on record in the lease (reserve.lua), and go to the job's attempts: they may have been billed.
+--
+-- Jobs of a slice that saw CRASHES go into quarantine, if these were at least half of all deaths of the last hour, or MANY:
+-- workers that die as often elsewhere are killed from outside. In quarantine alone a crash counts against a job, and only
+-- if it had been called. The second one marks it as poison, or the fifth while workers die in its absence too.
 
 --!include common.lua
 
 local CRASHES = 3
+local MANY = 10
 local ALONE = 2
 local ALONE_IF_KILLED = 5
 -- Deaths this close together are one event: a machine that went away.
@@ -90,6 +93,7 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
     local batch, crashes, ready = lease[1], tonumber(lease[3]), {}
     local beat, crashed = last_beat(lease[4])
     if crashed and crashes >= 0 then crashes = crashes + 1 end
+    local suspect = crashes >= MANY or (crashes >= CRASHES and 2 * crashes >= events())
     for index in string.gmatch(lease[2], '%d+') do
       if redis.call('HGET', of(batch, 'claims'), index) == token then
         taken = taken + 1
@@ -97,7 +101,7 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
         if give_back(batch, index, token, 0, with_lost_calls(batch, index, calls, beat)) then
           if lease[5] == '1' then
             judge(batch, index, crashed and calls)
-          elseif crashes >= CRASHES then
+          elseif suspect then
             quarantine(batch, index)
           else
             ready[#ready + 1] = index

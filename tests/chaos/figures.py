@@ -167,9 +167,9 @@ def in_flight_at_kills(evidence: Evidence) -> tuple[int, int]:
     called = answered = 0
     for call in evidence.calls:
         killed_at = evidence.lives[worker_of(call)].killed_at
-        if call.at <= killed_at <= call.end:
+        if killed_at <= call.end:  # or it arrives when its worker has just died
             called += 1
-        elif call.end < killed_at <= call.end + STORED_S and call.paid and call.number not in numbers:
+        elif killed_at <= call.end + STORED_S and call.paid and call.number not in numbers:
             answered += 1
     return called, answered
 

@@ -87,7 +87,7 @@ class Times:
         died_at = life.killed_at
         if life.told_at < math.inf and life.status not in (0, None):
             died_at = min(died_at, life.ended_at)  # it could not write
-        if call.at <= died_at <= stored_by:
+        if died_at <= stored_by:  # a call may also arrive when its worker has just died
             return "killed"
         for silence in self._silences[life.name]:
             if call.at <= silence.end + RESUMED_S and stored_by >= silence.start:
@@ -97,7 +97,7 @@ class Times:
     def died(self, call: Call) -> bool:
         """Whether its worker was killed at any time after it: what it remembered of the call is gone."""
         life = self._lives.get(worker_of(call))
-        return life is not None and call.at <= life.killed_at < math.inf
+        return life is not None and life.killed_at < math.inf
 
     # -- the ends of batches
 

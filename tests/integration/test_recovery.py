@@ -193,6 +193,19 @@ def test_the_second_crash_alone_makes_a_job_poison_and_the_others_go_on(store: S
     assert store.status(batch_id).succeeded == 1
 
 
+def test_kills_from_outside_bring_no_slice_into_quarantine_soon(store: Store, store_url: str) -> None:
+    """Workers that die as often elsewhere are killed from outside; ten times is too often all the same."""
+    now = redis_time(store.client)
+    store.client.zadd(keys.DEATHS, {f"elsewhere{place}": now - 3000 + 10 * place for place in range(10)})
+    store.submit(requests(1), NewBatch())
+    for crashes in range(10):
+        (job,) = claim(store_url, 1, f"w{crashes}")
+        assert job.crashes == crashes
+        die(store, store_url, f"w{crashes}", now - 1000 + 10 * crashes)
+    assert claim(store_url, 1) == []
+    assert len(claim_alone(store_url)) == 1
+
+
 def test_a_crash_before_the_call_counts_against_nobody(store: Store, store_url: str) -> None:
     quarantined(store, store_url, jobs=1)
     for place in range(6):
