@@ -121,7 +121,7 @@ class Bell:
         from kombu import exceptions
         from redis.exceptions import RedisError
 
-        away = (exceptions.OperationalError, exceptions.ConnectionError, exceptions.ChannelError)
+        away = (exceptions.KombuError, exceptions.ConnectionError, exceptions.ChannelError)
         try:
             yield
         except (*away, RedisError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu import pools
+from kombu.exceptions import BatchPublishError
 
 from jobs import identity
 from jobs.broker import RING, Bell, make_app
@@ -145,6 +146,11 @@ def test_a_broker_that_is_away_is_one_clear_error(store_url: str, broker: str) -
     app = make_app(Settings(broker_url=broker), store_url)
     with pytest.raises(StoreUnavailable, match="check MIMOQ_BROKER_URL"):
         Bell(app).ring("b", "bulk", "", 1)
+
+
+def test_a_broker_that_goes_away_in_the_middle_of_a_block_is_the_same_error() -> None:
+    with pytest.raises(StoreUnavailable, match="BatchPublishError"), Bell._errors():
+        raise BatchPublishError("3 of 500")
 
 
 def test_a_broker_address_never_shows(store_url: str) -> None:
