@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 #: Seconds between two looks at a store that is away.
 LOOK_S = 0.25
+#: Seconds between two failures that are not of one absence; a call of a silent store takes 10.
+STALE_S = 15.0
 
 
 def _nothing() -> None:
@@ -44,6 +46,7 @@ class Patience:
         self._clock = clock
         self._sleep = sleep
         self._since: float | None = None
+        self._lost_at = 0.0
         self._calling = False
         self.unanswered = False
         """Whether what was last asked of the store by `call` got no answer, be it that somebody broke off the wait."""
@@ -57,9 +60,11 @@ class Patience:
     def lost(self, error: StoreUnavailable) -> None:
         """It does not. Raises the error once the time is over, or at once where waiting would not help."""
         now = self._clock()
-        begins = self._since is None
-        if self._since is None:
+        # One who was away long ago, and was not asked since, is away anew.
+        begins = self._since is None or now - self._lost_at > STALE_S
+        if self._since is None or begins:
             self._since = now
+        self._lost_at = now
         if isinstance(error, StoreRefused) or now - self._since >= self._patience_s:
             self._since = None
             raise error

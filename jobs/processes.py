@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-#: Deaths within `DEATHS_S`, each within `SOON_S` of its start, that a starter puts up with. A worker that dies later was
-#: killed, or killed by a job, and the next one will do.
+#: Deaths within `DEATHS_S`, each within `SOON_S` of its start, that a starter puts up with. A worker that dies later, or by
+#: a signal, was killed, perhaps by a job, and the next one will do.
 DEATHS = 5
 DEATHS_S = 60.0
 SOON_S = 8.0
@@ -24,10 +24,13 @@ class Deaths:
         self._clock = clock
         self._soon: deque[float] = deque()
 
-    def too_many(self, started_at: float) -> bool:
-        """Whether, with one that started then and has just died, so many died soon that no other should be started."""
+    def too_many(self, started_at: float, status: int) -> bool:
+        """Whether no other should be started: with one that started then and has just ended so, too many died soon.
+
+        `status` is as `subprocess` has it: negative for a signal.
+        """
         now = self._clock()
-        if now - started_at < SOON_S:
+        if status >= 0 and now - started_at < SOON_S:
             self._soon.append(now)
         while self._soon and self._soon[0] < now - DEATHS_S:
             self._soon.popleft()

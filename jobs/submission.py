@@ -21,7 +21,7 @@ from jobs.connections import redis_errors
 from jobs.errors import Conflict, MimoqError, StoreUnavailable
 from jobs.patience import Patience
 from jobs.requests import Request
-from jobs.results import Usage
+from jobs.results import NO_USAGE, Usage
 from jobs.room import Room
 from jobs.scripts import Script
 
@@ -31,8 +31,6 @@ STAGING_TTL_S = 900
 SIGN_S = 30.0
 #: Bytes written to Redis in one pipeline while submitting.
 PIPELINE_BYTES = 1_000_000
-
-NO_USAGE = Usage()
 
 _create = Script("create")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -12,7 +11,10 @@ from typing import Any, TypeVar
 from jobs.states import BatchState
 from jobs.store import BatchStatus
 from producers.follow import Follower
-from producers.producer import JobResult, Producer, RequestLike, batch_of, result_of
+from producers.producer import ENDED, JobResult, Producer, RequestLike, batch_of, result_of
+
+#: Seconds between two looks.
+LOOK_S = 0.05
 
 T = TypeVar("T")
 
@@ -59,18 +61,21 @@ class AsyncProducer:
                     yield result_of(ended)
             if not follow or status.state is BatchState.FINISHED:
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(LOOK_S)
 
     async def wait(self, id: str, timeout_s: float | None = None) -> BatchStatus | JobResult:
         """See `Producer.wait`; other calls go on meanwhile."""
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            left = 0.25 if end is None else min(0.25, end - time.monotonic())
-            try:
-                return await self._call(_waiting(id, max(left, 0.001)))
-            except TimeoutError:
-                if end is not None and time.monotonic() >= end:
-                    raise TimeoutError(f"{id} has not ended within {timeout_s} s") from None
+        look = self.status if id == batch_of(id) else self.job
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    found = await look(id)
+                    if found.state in ENDED:
+                        return found
+                    # Here, not in the one thread, where others wait too.
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise TimeoutError(f"{id} has not ended within {timeout_s} s") from None
 
     async def cancel(self, id: str) -> BatchStatus:
         """See `Producer.cancel`."""
@@ -89,7 +94,3 @@ class AsyncProducer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _waiting(id: str, timeout_s: float) -> Callable[[Producer], BatchStatus | JobResult]:
-    return lambda producer: producer.wait(id, timeout_s)

@@ -211,7 +211,8 @@ class Producer:
     def wait(self, id: str, timeout_s: float | None = None) -> BatchStatus | JobResult:
         """Waits for a batch to finish (returns its status) or a job to end (returns its result).
 
-        Raises `TimeoutError` after `timeout_s`, be the store away or not, and `NotFound`.
+        Raises `TimeoutError` after `timeout_s`, be the store away or not (one that stands still is given up after 10 s), and
+        `NotFound`.
         """
         batch_id = batch_of(id)
         # No call waits for the store: that is done here, beside the timeout.

@@ -84,7 +84,7 @@ class Workers:
                 continue
             self._children.remove(child)
             _close(child)
-            if self._deaths.too_many(self._started_at.pop(child.pid)) or code == 2:
+            if self._deaths.too_many(self._started_at.pop(child.pid), code) or code == 2:
                 raise MimoqError(f"the worker process ended with {code}: {self._last_words()}")
             self._start_at = now + RESTART_S
         if now >= self._start_at:

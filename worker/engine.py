@@ -372,9 +372,11 @@ class Engine:
         if left:
             log.warning("drain_ran_out", calls_broken_off=len(left))
             await asyncio.wait(left, timeout=BREAK_OFF_S)
-        self.give_back_waiting()
         try:
-            await asyncio.wait_for(self.flusher.flushed(), WRITE_S)
+            async with asyncio.timeout(WRITE_S):
+                async with self.intake.claiming:
+                    self.give_back_waiting()  # also what a claim brought that was on its way
+                await self.flusher.flushed()
         except TimeoutError:
             log.error("drain_could_not_write")
             return False

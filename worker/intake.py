@@ -59,7 +59,7 @@ class Intake:
         self._starts: deque[tuple[float, int]] = deque()
         self._claimed_at = 0.0
         self._changed = asyncio.Event()
-        self._claiming = asyncio.Lock()
+        self.claiming = asyncio.Lock()  # held while a claim is on its way and what it brings is taken in
         self.stopping = False
         self.withdrawn = False  # a worker in quarantine has room for nothing else
 
@@ -93,7 +93,7 @@ class Intake:
         size = self._settings.slice_size
         end = time.monotonic() + RING_WAIT_S
         while accepted < size and await self._wait_for_room(lane, end):
-            async with self._claiming:
+            async with self.claiming:
                 wanted = min(self.room(lane), size - accepted)
                 if wanted <= 0 or self.stopping:
                     continue

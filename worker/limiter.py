@@ -35,7 +35,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one `reserve` gave, candidate by candidate in their order.
+    """What one `reserve` gave, candidate by candidate in their order, but for those at the places `gone`: their leases are.
 
     `ask_again_s` and `bound` (requests, tokens, concurrency, window, interactive, share, or the reason of a gate) speak of
     those not granted; `shut` says whose gate it is (account, model), '' for none.
@@ -45,6 +45,7 @@ class Grant:
     ask_again_s: float
     bound: str
     shut: str
+    gone: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,12 @@ class Limiter:
         delays, ask_ms, bound, shut, probe, now_ms = reply
         now = int(now_ms)
         reservations = [
-            Reservation(f"{prefix}.{i}", delay / 1000, now + delay, bool(probe)) for i, delay in enumerate(delays, 1)
+            Reservation(f"{prefix}.{i}", delay / 1000, now + delay, bool(probe))
+            for i, delay in enumerate(delays, 1)
+            if delay >= 0
         ]
-        return Grant(reservations, ask_ms / 1000, bound.decode(), shut.decode())
+        gone = frozenset(place for place, delay in enumerate(delays) if delay < 0)
+        return Grant(reservations, ask_ms / 1000, bound.decode(), shut.decode(), gone)
 
     def settle_args(self, settlements: Iterable[Settlement], told: str = "") -> list[Any]:
         """The arguments of `SETTLE` for these settlements; `told` are the newest x-ratelimit-* headers, as it wants them."""

@@ -59,6 +59,9 @@ class Caller(Protocol):
     def unused(self, model: str, reservations: list[tuple[Reservation, int]]) -> None:
         """Settles reservations, each with its tokens, that nobody will use."""
 
+    def lease_lost(self, tokens: set[str]) -> None:
+        """Somebody else has these slices: what waits of them is dropped."""
+
     def model_shut(self, model: str, seconds: float) -> None:
         """Nobody may call this model for so long: gives its jobs back, to be called after `seconds`."""
 
@@ -203,7 +206,10 @@ class Line:
         finally:
             self.asking = 0
         granted = len(grant.reservations)
-        self._put_back(candidates[granted:])
+        self._put_back(candidates[granted + len(grant.gone) :])
+        if grant.gone:
+            self._caller.lease_lost({candidates[place].job.token for place in grant.gone})
+            candidates = [run for place, run in enumerate(candidates) if place not in grant.gone]
         for run, reservation in zip(candidates, grant.reservations, strict=False):
             # The delay counts from when it was asked for: how long the answer was on its way nobody knows.
             self._caller.start(run, reservation, asked_at + reservation.delay_s)

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 
 from jobs import identity, keys, leases
 from worker.engine import Engine
+from worker.lock import Lock
 
 #: Seconds between looks for jobs in quarantine.
 LOOK_S = 1.0
@@ -37,6 +38,7 @@ class Quarantine:
         self._engine = engine
         self._lanes = lanes
         self._labels = identity.served_labels(engine.settings)
+        self._lock = Lock(client, keys.QUARANTINED, engine.worker_id, LOCK_S)
         self._locked_at = 0.0
 
     async def run(self) -> None:
@@ -55,7 +57,7 @@ class Quarantine:
         if not names or self._engine.stopping or not await self._client.exists(*names):
             return False
         self._locked_at = time.monotonic()
-        return bool(await self._client.set(keys.QUARANTINED, self._engine.worker_id, nx=True, px=int(LOCK_S * 1000)))
+        return await self._lock.hold()
 
     async def _stay(self) -> None:
         engine = self._engine
@@ -63,14 +65,17 @@ class Quarantine:
         log.warning("quarantine_begins")
         called = 0
         try:
-            while await self._empty() and (jobs := await self._claim()):
+            while await self._empty():
+                async with engine.intake.claiming:
+                    jobs = await self._claim()
+                    await engine.welcome(jobs)
+                if not jobs:
+                    break
                 called += len(jobs)
-                await engine.welcome(jobs)
         finally:
             engine.intake.come_back()
             log.info("quarantine_ends", jobs=called)
-        if await self._client.get(keys.QUARANTINED) == engine.worker_id.encode():
-            await self._client.delete(keys.QUARANTINED)
+        await self._lock.release()
 
     async def _claim(self) -> list[leases.Job]:
         for lane in self._lanes:
@@ -88,10 +93,8 @@ class Quarantine:
         return not self._engine.stopping and await self._locked()
 
     async def _locked(self) -> bool:
-        """Keeps the lock; by commands that a Redis out of memory obeys too."""
+        """Keeps the lock, and asks for it no more often than needed."""
         if time.monotonic() - self._locked_at < LOCK_S / 5:
             return True
-        if await self._client.get(keys.QUARANTINED) != self._engine.worker_id.encode():
-            return False
         self._locked_at = time.monotonic()
-        return bool(await self._client.pexpire(keys.QUARANTINED, int(LOCK_S * 1000)))
+        return await self._lock.hold()

@@ -12,11 +12,12 @@ import asyncio
 from typing import Any, Protocol
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from jobs import keys, leases
 from jobs.leases import LEASE_S
 from jobs.scripts import Script
+from worker.lock import Lock
 from worker.outside import Outside
 
 ROUND_S = 1.0
@@ -63,7 +64,7 @@ class Reaper:
     def __init__(self, client: Any, bell: Rope, worker_id: str, outside: Outside | None = None) -> None:
         self._client = client
         self._bell = bell
-        self._id = worker_id
+        self._lock = Lock(client, keys.REAPER, worker_id, LOCK_S)
         self._outside = outside
         self.ringing: asyncio.Task[None] | None = None
         self._first = True
@@ -74,32 +75,23 @@ class Reaper:
         while True:
             try:
                 await self.turn()
+            except ResponseError as error:
+                log.error("round_refused", error=type(error).__name__)  # by a fault of ours, or a Redis out of memory
             except (RedisError, OSError) as error:
                 log.debug("round_failed", error=type(error).__name__)
             await asyncio.sleep(ROUND_S)
 
     async def turn(self) -> bool:
         """A round, if this worker is the one that reaps; returns whether it is."""
-        chosen = await self._chosen()
+        chosen = await self._lock.hold()
         if chosen:
             await self.round()
         return chosen
 
-    async def _chosen(self) -> bool:
-        """Whether this worker holds the reaper's lock, taken or renewed."""
-        holder = await self._client.get(keys.REAPER)
-        if holder is None:
-            return bool(await self._client.set(keys.REAPER, self._id, nx=True, px=int(LOCK_S * 1000)))
-        # Renewed by a command that also a Redis out of memory obeys.
-        return holder == self._id.encode() and bool(await self._client.pexpire(keys.REAPER, int(LOCK_S * 1000)))
-
     async def round(self) -> None:
         """One round: leases, due retries, deadlines, closing batches, retention, silent queues."""
         await self._reap()
-        for raw in await self._client.smembers(keys.CLOSING):
-            for _ in range(STEPS):
-                if await _sweep(self._client, [keys.PREFIX], [raw.decode(), STEP_JOBS]) <= 0:
-                    break
+        await self._sweep()
         if self._outside is not None:
             await self._outside.write_revoked()
         await self._retire()
@@ -126,6 +118,15 @@ class Reaper:
                 log.debug("retries_due", batches=found.woken)
             if found.leases < LEASES:
                 return
+
+    async def _sweep(self) -> None:
+        """Writes the ends of closing batches."""
+        left = STEPS
+        for raw in await self._client.smembers(keys.CLOSING):
+            more = True
+            while more and left > 0:
+                left -= 1
+                more = await _sweep(self._client, [keys.PREFIX], [raw.decode(), STEP_JOBS]) > 0
 
     async def _retire(self) -> None:
         """Sets when the results of large batches go, which is too long for the step that ends them."""

@@ -1,8 +1,8 @@
 """The supervisor: several worker processes, kept alive until told to stop.
 
 What goes wrong: a worker process that dies is started again after a second, and its leases run out; more than five in a
-minute that die soon after their start, or one that refuses its settings, end them all with a line. SIGTERM, SIGINT and
-SIGQUIT are passed on, each time they come: to the workers the second means more than the first.
+minute that end soon after their start, not by a signal, or one that refuses its settings, end them all with a line. SIGTERM,
+SIGINT and SIGQUIT are passed on, each time they come: to the workers the second means more than the first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Supervisor:
                 if self._stopping:
                     # SIGTERM ends one at once that had not begun yet.
                     status = status or int(code not in (0, -signal.SIGTERM))
-                elif code == 2 or self._deaths.too_many(self._started_at[place]):
+                elif code == 2 or self._deaths.too_many(self._started_at[place], code):
                     print(f"mimoq worker: a worker process ended with {code}; giving up", file=sys.stderr)
                     status = code if code == 2 else 1
                     self._stop(signal.SIGTERM, None)

@@ -10,13 +10,10 @@
 --!include common.lua
 
 local batch, most = ARGV[1], tonumber(ARGV[2])
-local b = redis.call('HMGET', record(batch), 'state', 'total', 'size', 'cursor', 'closing', 'lane', 'label')
-if not b[1] then
-  redis.call('ZREM', prefix .. 'open', batch)
-  return 0
-end
+if is_gone(batch) then return 0 end
+local b = redis.call('HMGET', record(batch), 'state', 'total', 'cursor', 'closing')
 if b[1] == 'finished' then return 0 end
-local total, size, cursor = tonumber(b[2]), tonumber(b[3]), tonumber(b[4])
+local total, cursor = tonumber(b[2]), tonumber(b[3])
 local found = 0
 
 -- A sample, so that every round sees others: a job that is claimed by a lease that is not.
@@ -30,7 +27,7 @@ for i = 1, #claims, 2 do
   end
 end
 
-if b[5] ~= '' then
+if b[4] ~= '' then
   -- What nobody holds is swept; from the beginning, if all was.
   if redis.call('SISMEMBER', prefix .. 'closing', batch) == 0 and redis.call('HLEN', of(batch, 'claims')) == 0
     and not close_if_over(batch) then
@@ -54,7 +51,5 @@ if redis.call('LLEN', of(batch, 'ready')) > 0 or tonumber(redis.call('HGET', rec
 end
 local retry = redis.call('ZRANGE', of(batch, 'retries'), 0, 0, 'WITHSCORES')
 if #retry > 0 then redis.call('ZADD', prefix .. 'due', 'LT', retry[2], batch) end
-if redis.call('EXISTS', of(batch, 'quarantine')) == 1 then
-  redis.call('ZADD', prefix .. 'quarantine:' .. b[6] .. ':' .. b[7], 'NX', stamp(now()), batch)
-end
+if b[1] == 'running' then offer_suspects(batch) end
 return found

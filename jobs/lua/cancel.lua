@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Stops a batch in one step, however many jobs it has: nothing of it is claimed any more. The ends of its jobs are
 -- written by `sweep`.
 --

@@ -1,3 +1,4 @@
+#!lua
 -- Hands out ready jobs of a lane to one worker, the batches in turn, and leases them.
 --
 -- KEYS[1]   prefix

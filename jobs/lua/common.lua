@@ -30,6 +30,7 @@ end
 -- the time of whoever is next for the same upstream; another upstream's workers may be far ahead or behind.
 local function wake(batch)
   local lane = redis.call('HMGET', record(batch), 'lane', 'label')
+  if not lane[1] then return end
   local name = lane[1] .. ':' .. lane[2]
   local head = redis.call('ZRANGE', prefix .. 'lane:' .. name, 0, 0, 'WITHSCORES')
   local turn = head[2] or redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
@@ -49,12 +50,14 @@ end
 -- What calls cost, as one text: attempts, prompt, completion, reasoning, cached and total tokens, joined by commas.
 local SPENT = {'attempts', 'prompt_tokens', 'completion_tokens', 'reasoning_tokens', 'cached_tokens', 'total_tokens'}
 
--- Adds a text of costs to sums, a list of six.
-local function add_spent(sums, text)
+-- Adds a text of costs to sums, a list of six. Of `token`, a lease that may have run out, only the tokens if the reaper has
+-- counted its calls.
+local function add_spent(sums, text, batch, index, token)
+  local counted = token and redis.call('SISMEMBER', of(batch, 'strays'), 'lost:' .. token .. ':' .. index) == 1
   local k = 0
   for value in string.gmatch(text, '[^,]+') do
     k = k + 1
-    sums[k] = (sums[k] or 0) + tonumber(value)
+    if k > 1 or not counted then sums[k] = (sums[k] or 0) + tonumber(value) end
   end
 end
 
@@ -182,13 +185,31 @@ local function give_back(batch, index, token, delay, attempts)
   return false
 end
 
+-- Has the jobs that a batch has in quarantine found.
+local function offer_suspects(batch)
+  local lane = redis.call('HMGET', record(batch), 'lane', 'label')
+  if redis.call('EXISTS', of(batch, 'quarantine')) == 1 then
+    redis.call('ZADD', prefix .. 'quarantine:' .. lane[1] .. ':' .. lane[2], 'NX', stamp(now()), batch)
+  end
+end
+
+-- Somebody has deleted the batch's record: what is left of it goes too, and is nobody's any more.
+local function is_gone(batch)
+  if redis.call('EXISTS', record(batch)) == 1 then return false end
+  for _, part in ipairs({'ready', 'claims', 'retries', 'history', 'quarantine', 'suspects', 'strays'}) do
+    redis.call('DEL', of(batch, part))
+  end
+  for _, list in ipairs({'open', 'due', 'deadlines'}) do redis.call('ZREM', prefix .. list, batch) end
+  redis.call('SREM', prefix .. 'closing', batch)
+  return true
+end
+
 -- A job that may kill whoever calls it: it is called where nothing else runs. `suspects` remembers it, with the crashes it
 -- was alone at.
 local function quarantine(batch, index)
   redis.call('HSETNX', of(batch, 'suspects'), index, 0)
   redis.call('RPUSH', of(batch, 'quarantine'), index)
-  local lane = redis.call('HMGET', record(batch), 'lane', 'label')
-  redis.call('ZADD', prefix .. 'quarantine:' .. lane[1] .. ':' .. lane[2], 'NX', stamp(now()), batch)
+  offer_suspects(batch)
 end
 
 -- Jobs of one block are ready again: they go before what was never claimed. `crashes` of workers that held them; -1: they

@@ -1,3 +1,4 @@
+#!lua
 -- Creates a batch, whole and visible at once, from requests that were staged before.
 --
 -- KEYS[1]  prefix

@@ -75,7 +75,7 @@ for i = 2, #ARGV, 6 do
     order[#order + 1] = struct.pack('<I4', index)
     counts[letter] = counts[letter] + 1
     if letter == 'f' then codes[#codes + 1] = ARGV[i + 5] end
-    add_spent(spent, ARGV[i + 4])
+    add_spent(spent, ARGV[i + 4], batch, index, holder ~= token and token)
     if payload ~= '' then
       redis.call('SET', result, payload)
       redis.call('PUBLISH', result, payload)
@@ -83,7 +83,7 @@ for i = 2, #ARGV, 6 do
     end
   end
   if (word == 'late' or word == 'fenced') and tells_first(batch, index, token) then
-    add_spent(spent, ARGV[i + 4])
+    add_spent(spent, ARGV[i + 4], batch, index, token)
     if word == 'late' then late = late + 1 end
   end
   words[#words + 1] = word

@@ -17,7 +17,7 @@ local size = tonumber(redis.call('HGET', record(batch), 'size') or '1')
 local ready, spent = 0, {}
 for i = 2, #ARGV, 5 do
   local index, token = ARGV[i], ARGV[i + 1]
-  if ARGV[i + 4] ~= '' and tells_first(batch, index, token) then add_spent(spent, ARGV[i + 4]) end
+  if ARGV[i + 4] ~= '' and tells_first(batch, index, token) then add_spent(spent, ARGV[i + 4], batch, index, token) end
   if redis.call('HGET', of(batch, 'claims'), index) == token then
     if give_back(batch, index, token, tonumber(ARGV[i + 2]), ARGV[i + 3]) then
       local block = math.floor(tonumber(index) / size)

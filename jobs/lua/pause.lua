@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Pauses a batch, so that nothing of it is claimed, or lets a paused one go on. What is in flight goes on either way.
 -- What finish.lua paused it for is forgotten then, and watched for anew.
 --
@@ -15,6 +16,7 @@ if (state == 'running' or state == 'paused') and state ~= ARGV[2] then
   if ARGV[2] == 'running' then
     redis.call('HDEL', record(ARGV[1]), 'reason', 'alike', 'alike_count')
     wake(ARGV[1])
+    offer_suspects(ARGV[1])
   end
   redis.call('PUBLISH', of(ARGV[1], 'events'), 0)
   return ARGV[2]

@@ -1,3 +1,4 @@
+#!lua
 -- Hands out one job that may kill its worker, to a worker that holds nothing else.
 --
 -- KEYS[1]   prefix
@@ -20,7 +21,8 @@ for i = 2, #KEYS do
       while index and ended(batch, index) do index = redis.call('LPOP', of(batch, 'quarantine')) end
       if redis.call('EXISTS', of(batch, 'quarantine')) == 0 then redis.call('ZREM', KEYS[i], batch) end
       if index then return {hand_out(batch, {index}, ARGV[1], ARGV[2] .. '.0', tonumber(ARGV[3]), 0, 1)} end
-    elseif state ~= 'paused' then
+    else
+      -- A paused one comes again when it goes on (pause.lua).
       redis.call('ZREM', KEYS[i], batch)
     end
   end

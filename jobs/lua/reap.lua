@@ -12,9 +12,10 @@
 -- A lease that ran out is a crash of its worker, unless that lives: then it never heard of its claim. Calls it had begun are
 -- on record in the lease (reserve.lua), and go to the job's attempts: they may have been billed.
 --
--- Jobs of a slice that saw CRASHES go into quarantine, if these were at least half of all deaths of the last hour, or MANY:
--- workers that die as often elsewhere are killed from outside. In quarantine alone a crash counts against a job, and only
--- if it had been called. The second one marks it as poison, or the fifth while workers die in its absence too.
+-- When a slice saw CRASHES, its jobs that had been called go into quarantine (all of them, if none had), provided that these
+-- were three quarters of all deaths of the last hour, or MANY: workers that die elsewhere are killed from outside. In
+-- quarantine alone a crash counts against a job, and only if it had been called. The second one marks it as poison, or the
+-- fifth while workers die in its absence too.
 
 --!include common.lua
 
@@ -62,11 +63,12 @@ local function last_beat(worker)
 end
 
 -- The job's attempts with the calls that its worker did not live to tell of; '' for none.
-local function with_lost_calls(batch, index, calls, beat)
+local function with_lost_calls(batch, index, token, calls, beat)
   if not calls then return '' end
   local lost = '{"at":' .. beat .. ',"latency_s":0.0,"verdict":"worker_lost","maybe_billed":true,"counted":false' ..
     (calls == '1' and '' or ',"times":' .. calls) .. '}'
   redis.call('HINCRBY', record(batch), 'attempts', calls)
+  redis.call('SADD', of(batch, 'strays'), 'lost:' .. token .. ':' .. index)
   local before = redis.call('HGET', of(batch, 'history'), index)
   return before and string.sub(before, 1, -2) .. ',' .. lost .. ']' or '[' .. lost .. ']'
 end
@@ -89,26 +91,28 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
   local key = prefix .. 'lease:' .. token
   local lease = redis.call('HMGET', key, 'batch', 'indexes', 'crashes', 'worker', 'alone')
   leases = leases + 1
-  if lease[1] then
-    local batch, crashes, ready = lease[1], tonumber(lease[3]), {}
+  if lease[1] and not is_gone(lease[1]) then
+    local batch, crashes, ready, called = lease[1], tonumber(lease[3]), {}, {}
     local beat, crashed = last_beat(lease[4])
     if crashed and crashes >= 0 then crashes = crashes + 1 end
-    local suspect = crashes >= MANY or (crashes >= CRASHES and 2 * crashes >= events())
+    local suspect = crashes >= MANY or (crashes >= CRASHES and 4 * crashes >= 3 * events())
     for index in string.gmatch(lease[2], '%d+') do
       if redis.call('HGET', of(batch, 'claims'), index) == token then
         taken = taken + 1
         local calls = redis.call('HGET', key, 'c' .. index)
-        if give_back(batch, index, token, 0, with_lost_calls(batch, index, calls, beat)) then
+        if give_back(batch, index, token, 0, with_lost_calls(batch, index, token, calls, beat)) then
           if lease[5] == '1' then
             judge(batch, index, crashed and calls)
-          elseif suspect then
-            quarantine(batch, index)
+          elseif calls and suspect then
+            called[#called + 1] = index
           else
             ready[#ready + 1] = index
           end
         end
       end
     end
+    if suspect and #called == 0 then ready, called = {}, ready end
+    for _, index in ipairs(called) do quarantine(batch, index) end
     make_ready(batch, ready, crashes)
     close_if_over(batch)
     redis.call('PUBLISH', of(batch, 'events'), 0)
@@ -119,7 +123,7 @@ end
 
 for _, batch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'due', '-inf', at, 'LIMIT', 0, ARGV[2])) do
   woken = woken + 1
-  wake(batch)
+  if not is_gone(batch) then wake(batch) end
   local next = redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '(' .. at, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
   if #next > 0 then
     redis.call('ZADD', prefix .. 'due', next[2], batch)

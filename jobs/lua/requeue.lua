@@ -1,3 +1,4 @@
+#!lua
 -- Queues failed jobs of a batch again, by explicit wish: a new generation of each, with a fresh count of attempts, and
 -- of those that fail alike (finish.lua). A paused batch stays paused, for the reason it has. Where this opens a finished batch
 -- again, its answers are to be kept with it (retention.lua).

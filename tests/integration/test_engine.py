@@ -321,6 +321,30 @@ async def test_a_claim_that_comes_while_stopping_goes_back(store_url: str, monke
 
 
 @in_loop
+async def test_a_drain_waits_for_a_claim_that_is_on_its_way(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = leases.claim
+    claimed, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        jobs = await claim(*args, **options)
+        claimed.set()
+        await go.wait()
+        return jobs
+
+    monkeypatch.setattr(leases, "claim", slow)
+    async with standing(store_url, FakeUpstream()) as stand:
+        batch = stand.submit(5)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await claimed.wait()
+        drain = asyncio.create_task(stand.engine.drain(5))
+        await until(lambda: stand.engine.stopping)
+        go.set()
+        assert await drain
+        assert (stand.store.status(batch).running, leases_of(stand)) == (0, 0)
+        await ring
+
+
+@in_loop
 async def test_a_call_cancelled_before_its_first_step_is_not_lost(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,29 @@ async def test_nothing_is_lost_while_the_store_is_away(store_url: str, tmp_path_
 
 
 @in_loop
+async def test_out_of_memory_no_call_starts_and_answers_are_stored(store_url: str) -> None:
+    upstream = FakeUpstream(hold=True)
+    async with standing(store_url, upstream, max_in_flight=8) as stand:
+        batch = stand.submit(40)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await until(lambda: upstream.in_flight == 7)
+        await until(lambda: len(stand.engine.holding) == 40)
+        stand.store.client.config_set("maxmemory", 1)
+        try:
+            upstream.release(hold=True)
+            await until(lambda: stand.store.status(batch).succeeded == 7, "what was paid for is stored")
+            await until(lambda: worker.line.AWAY in stand.engine.bounds, "nothing is let through")
+            assert len(upstream.asked) == 7
+            assert not stand.engine.flusher.failing
+        finally:
+            stand.store.client.config_set("maxmemory", 0)
+        upstream.release()
+        assert (await stand.ended(batch)).succeeded == 40
+        await ring
+        assert len(upstream.asked) == 40
+
+
+@in_loop
 async def test_a_ring_waits_for_the_store(store_url: str, tmp_path_factory: Any) -> None:
     wire = Wire(store_url, tmp_path_factory.mktemp("w"))
     await wire.mend()

@@ -93,6 +93,19 @@ async def test_a_worker_that_is_told_to_stop_gives_a_suspect_back(store_url: str
 
 
 @in_loop
+async def test_a_paused_batch_with_suspects_keeps_nobody_from_working(store_url: str) -> None:
+    async with standing(store_url, FakeUpstream()) as stand:
+        batch = stand.submit(2)
+        put_into_quarantine(stand, batch, 0, 1)
+        stand.store.pause(batch)
+        attend(stand)
+        name = keys.quarantine("bulk", "")
+        await until(lambda: not stand.store.client.exists(name), "nobody looks at it any more")
+        stand.store.resume(batch)
+        assert (await stand.ended(batch)).succeeded == 2
+
+
+@in_loop
 async def test_a_poison_job_is_ended_and_not_called(store_url: str) -> None:
     async with standing(store_url, FakeUpstream()) as stand:
         batch = stand.submit(1)

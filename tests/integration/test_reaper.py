@@ -125,14 +125,14 @@ def test_a_round_that_was_sent_before_a_gap_takes_nothing_after_it(store: Store,
         reaper = make("w")
         await turn(reaper)
         await asyncio.to_thread(lose_a_lease, store, store_url)
-        chosen = reaper._chosen
+        hold = reaper._lock.hold
 
         async def stopped() -> bool:
-            is_chosen: bool = await chosen()
+            held: bool = await hold()
             age(store, last=30.0)
-            return is_chosen
+            return held
 
-        reaper._chosen = stopped
+        reaper._lock.hold = stopped
         await turn(reaper)
         assert store.status(batch_id).running == 3
 
@@ -278,6 +278,26 @@ def test_a_cancel_that_was_cut_is_swept_to_its_end(store: Store, store_url: str)
     reaping(store_url, work)
     status = store.status(batch_id)
     assert (status.state, status.cancelled) == (BatchState.FINISHED, 5_000)
+
+
+def test_a_round_is_bounded_however_many_batches_are_closing(
+    store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that takes longer than a gap would have nobody's leases taken back."""
+    monkeypatch.setattr(module, "STEPS", 3)
+    monkeypatch.setattr(module, "STEP_JOBS", 2)
+    ids = [store.submit(requests(10), NewBatch(deadline_s=0.001))[0] for _ in range(3)]
+    wait_until(store.client, redis_time(store.client) + SHORT_S)
+
+    async def work(make: Any, client: Any) -> None:
+        reaper = make("w")
+        await turn(reaper)
+        assert sum(store.status(batch_id).expired for batch_id in ids) == 6
+        for _ in range(10):
+            await turn(reaper)
+        assert {store.status(batch_id).state for batch_id in ids} == {BatchState.FINISHED}
+
+    reaping(store_url, work)
 
 
 def test_due_retries_are_woken(store: Store, store_url: str) -> None:

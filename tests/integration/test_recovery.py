@@ -17,7 +17,7 @@ from jobs.states import BatchState
 from jobs.store import Store
 from jobs.submission import NewBatch
 from tests.integration.store_model import USAGE, ending, redis_time, renew, requests, run, wait_until
-from worker.limiter import Limiter
+from worker.limiter import Grant, Limiter
 from worker.run import Run
 
 LANE, MODEL = "bulk", "m"
@@ -100,12 +100,53 @@ def test_a_claim_that_a_live_worker_never_heard_of_is_no_crash(store: Store, sto
     assert store.client.zcard(keys.DEATHS) == 0
 
 
-def test_a_lease_that_is_gone_is_not_brought_back_by_a_call(store: Store, store_url: str) -> None:
-    store.submit(requests(1), NewBatch())
-    jobs = claim(store_url, 1, "dead")
-    die(store, store_url, "dead")
+def test_no_call_is_let_through_under_a_lease_that_is_gone(store: Store, store_url: str) -> None:
+    """Its worker slept, and believes that it holds it: the others of its block go on."""
+    store.submit(requests(2), NewBatch(slice_size=1))
+    gone = claim(store_url, 1, "slept")
+    die(store, store_url, "slept")
+    (first,) = claim(store_url, 1)
+    (second,) = claim(store_url, 1)
+
+    async def reserve(client: Any) -> Grant:
+        limiter = Limiter(client, load_settings(), "a", "w")
+        return await limiter.reserve(MODEL, LANE, limiter.ids(LANE), [1, 1, 1], [first, *gone, second])
+
+    grant = run(reserve, store_url)
+    assert [item.id for item in grant.reservations] == ["b.w.1.1", "b.w.1.3"]
+    assert grant.gone == {1}
+    assert store.client.zcard(keys.flight(LANE, "a", MODEL)) == 2
+    assert not store.client.exists(keys.lease(gone[0].token))
+
+
+def test_a_worker_that_was_taken_for_dead_counts_its_calls_once(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+    jobs = claim(store_url, 3, "slept")
     call(store_url, jobs)
-    assert not store.client.exists(keys.lease(jobs[0].token))
+    die(store, store_url, "slept")
+
+    async def tell(client: Any) -> None:
+        await leases.finish(client, batch_id, [ending(jobs[0], "s"), ending(jobs[1], "f")])
+        await leases.give_back(client, batch_id, [Back(jobs[2], 0.0, b"[]", 1, USAGE)])
+
+    run(tell, store_url)
+    status = store.status(batch_id)
+    assert (status.attempts, status.usage.total_tokens) == (3, 3 * USAGE.total_tokens)
+
+
+@pytest.mark.parametrize("part", ["", ":claims", ":retries"])
+def test_a_batch_that_somebody_deleted_stops_nobody(store: Store, store_url: str, part: str) -> None:
+    gone, *_ = store.submit(requests(3), NewBatch())
+    first, second, _ = claim(store_url, 3, "dead")
+    run(functools.partial(leases.give_back, batch_id=gone, backs=[Back(first, 0.001), Back(second)]), store_url)
+    store.client.delete(keys.batch(gone), keys.batch(gone) + part)
+    other, *_ = store.submit(requests(1), NewBatch())
+    claim(store_url, 1, "dead")
+    wait_until(store.client, redis_time(store.client) + SHORT_S)
+    die(store, store_url, "dead")
+    run(lambda client: leases.audit(client, gone, 10), store_url)
+    assert [job.batch_id for job in claim(store_url, 9)] == [other]
+    assert store.client.keys(keys.batch(gone) + "*") == [keys.requests(gone).encode()]
 
 
 # -- what calls cost counts once, whoever tells it

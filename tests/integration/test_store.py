@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from jobs import keys, leases
 from jobs.connections import connect, connect_async
@@ -17,9 +18,11 @@ from jobs.gates import Gate, account_gate, gates_of, open_gate, server_time
 from jobs.leases import Back, End, Job
 from jobs.requests import MESSAGES, Request, make_request
 from jobs.results import Usage
+from jobs.settings import load_settings
 from jobs.states import BatchState, JobState
 from jobs.store import NewBatch, Store
 from tests.integration.store_model import ALIKE, ending, leftovers, redis_time, renew, requests, run, wait_until
+from worker.limiter import Limiter
 
 
 @pytest.fixture
@@ -537,9 +540,9 @@ def test_out_of_memory_what_was_paid_for_is_stored_and_nothing_new_is_taken(stor
     batch_id, *_ = store.submit(requests(20), NewBatch(slice_size=10))
     jobs = claim(store_url, 10)
     store.client.config_set("maxmemory-policy", "noeviction")
-    store.client.config_set("maxmemory", 1_000_000)
+    store.client.config_set("maxmemory", 1)
     with pytest.raises(StoreUnavailable, match=r"^Redis is out of memory: free some, or raise its maxmemory"):
-        store.pause(batch_id)
+        store.requeue_failed(batch_id)
     assert finish(store_url, jobs[:4]) == ["ended"] * 4
     assert run(lambda client: renew(client, [jobs[0].token]), store_url)[:3] == (set(), set(), set())
     backs = [Back(job, 0.0, b"[]") for job in jobs[4:6]]
@@ -548,6 +551,14 @@ def test_out_of_memory_what_was_paid_for_is_stored_and_nothing_new_is_taken(stor
     status = store.status(batch_id)
     assert (status.succeeded, status.running, status.queued) == (4, 4, 12)
     assert [result and result.status for result in store.results(batch_id, [0, 3, 4])] == ["SUCCESS", "SUCCESS", None]
+    with pytest.raises(OutOfMemoryError):
+        claim(store_url, 1)
+    with pytest.raises(OutOfMemoryError):
+        run(lambda client: leases.claim_quarantined(client, "w", "bulk", [""]), store_url)
+    with pytest.raises(OutOfMemoryError):
+        run(lambda client: Limiter(client, load_settings(), "a", "w").reserve("m", "bulk", "b.w.1", [1]), store_url)
+    store.pause(batch_id)
+    assert store.cancel(batch_id).cancelled == 12
     store.client.config_set("maxmemory", 0)
     assert store.submit(requests(1), NewBatch())[2]
 

@@ -16,7 +16,7 @@ class Clock:
 def test_those_that_die_soon_after_their_start_are_given_up() -> None:
     clock = Clock()
     deaths = Deaths(clock)
-    assert [deaths.too_many(clock.now - 1) for _ in range(DEATHS + 1)] == [False] * DEATHS + [True]
+    assert [deaths.too_many(clock.now - 1, 1) for _ in range(DEATHS + 1)] == [False] * DEATHS + [True]
 
 
 def test_those_that_were_killed_at_work_never_are() -> None:
@@ -24,7 +24,8 @@ def test_those_that_were_killed_at_work_never_are() -> None:
     deaths = Deaths(clock)
     for _ in range(100):
         clock.now += 1
-        assert not deaths.too_many(clock.now - SOON_S)
+        assert not deaths.too_many(clock.now - SOON_S, 1)
+        assert not deaths.too_many(clock.now, -9)
 
 
 def test_early_deaths_are_forgotten_after_a_while() -> None:
@@ -32,4 +33,4 @@ def test_early_deaths_are_forgotten_after_a_while() -> None:
     deaths = Deaths(clock)
     for _ in range(100):
         clock.now += DEATHS_S / DEATHS + 0.1
-        assert not deaths.too_many(clock.now)
+        assert not deaths.too_many(clock.now, 0)

@@ -21,7 +21,20 @@ NAMES = [
     if path.name.endswith(".lua") and path.name not in INCLUDED
 ]
 #: They store what was paid for, or free room; all others are refused when Redis is out of memory.
-ALWAYS = {"finish", "store", "give_back", "beat", "reap", "sweep", "retention", "audit", "settle"}
+ALWAYS = {
+    "finish",
+    "store",
+    "give_back",
+    "beat",
+    "lock",
+    "reap",
+    "sweep",
+    "retention",
+    "audit",
+    "cancel",
+    "pause",
+    "settle",
+}
 
 
 class FakeClient:

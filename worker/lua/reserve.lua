@@ -1,3 +1,4 @@
+#!lua
 -- Reserves upstream calls on one (account, model), for a block of jobs in one round trip.
 --
 -- KEYS[1..5] see limits.lua    KEYS[6] models with a record (zset: '<account>:<model>' -> time of last use)
@@ -7,9 +8,10 @@
 -- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
 -- ARGV[8] this record's member of KEYS[6]
 -- ARGV[9..] of each candidate: its token estimate, and if it is a job that is held, a space, its fencing token, a space, its
---   index: the lease remembers the call, so that one which its worker does not live to tell of is on record (reap.lua)
+--   index: the lease remembers the call, so that one which its worker does not live to tell of is on record (reap.lua);
+--   one whose lease is gone is passed over
 --
--- Returns {delays in ms of the granted candidates, in order, ms after which to ask again, what bound ('' if nothing:
+-- Returns {delays in ms of the granted candidates, in order (-1: passed over), ms after which to ask again, what bound ('' if nothing:
 -- requests, tokens, concurrency, window, interactive, share, or a gate's reason), 'account' or 'model' where a gate is
 -- shut, else '', 1 if the call is a probe of one, the time in ms}. Ids are prefix .. '.' .. position.
 --
@@ -150,42 +152,47 @@ local function hindrance(need)
   return what, wait, what ~= ''
 end
 
-local held = {} -- by fencing token: whether the lease is still there
-local function remember(token, index)
+local held = {} -- by fencing token
+local function is_held(token)
   if held[token] == nil then held[token] = redis.call('EXISTS', KEYS[7] .. token) == 1 end
-  if held[token] then redis.call('HINCRBY', KEYS[7] .. token, 'c' .. index, 1) end
+  return held[token]
 end
 
 local ids, lost_at = {}, string.format('%.6f', now + LOST_S)
 for i = 1, candidates do
   local need, token, index = string.match(ARGV[CANDIDATES - 1 + i], '^(%S+) ?(%S*) ?(%d*)$')
   need = tonumber(need)
-  local what, wait, rated = hindrance(need)
-  if wait > AHEAD then
-    ask, bound = wait - AHEAD, what
-    local until_ = now + math.min(ask, 1) + WAITS_S
-    if interactive then
-      if (rated and goes_first(need)) or (what == capped and interactive_flying < kept) then
-        rec.want_i, rec.want_by = until_, ARGV[7]
+  if token ~= '' and not is_held(token) then
+    delays[i] = -1
+  else
+    local what, wait, rated = hindrance(need)
+    if wait > AHEAD then
+      ask, bound = wait - AHEAD, what
+      local until_ = now + math.min(ask, 1) + WAITS_S
+      if interactive then
+        if (rated and goes_first(need)) or (what == capped and interactive_flying < kept) then
+          rec.want_i, rec.want_by = until_, ARGV[7]
+        end
+      elseif rated or what == 'interactive' then
+        rec.want_b = until_
       end
-    elseif rated or what == 'interactive' then
-      rec.want_b = until_
+      break
     end
-    break
+    requests, tokens, share = requests - 1, tokens - need, share - (interactive and cost(need) or 0)
+    flying = flying + 1
+    if interactive then interactive_flying = interactive_flying + 1 else bulk_flying = bulk_flying + 1 end
+    note(rec, now + wait, 1, need)
+    if token ~= '' then redis.call('HINCRBY', KEYS[7] .. token, 'c' .. index, 1) end
+    if rec.big_by == ARGV[7] then rec.big, rec.big_by, rec.big_since, rec.big_until = nil, nil, nil, nil end
+    delays[i] = math.ceil(wait * 1000)
+    ids[#ids + 1] = lost_at
+    ids[#ids + 1] = ARGV[6] .. '.' .. i
   end
-  requests, tokens, share = requests - 1, tokens - need, share - (interactive and cost(need) or 0)
-  flying = flying + 1
-  if interactive then interactive_flying = interactive_flying + 1 else bulk_flying = bulk_flying + 1 end
-  note(rec, now + wait, 1, need)
-  if token ~= '' then remember(token, index) end
-  if rec.big_by == ARGV[7] then rec.big, rec.big_by, rec.big_since, rec.big_until = nil, nil, nil, nil end
-  delays[i] = math.ceil(wait * 1000)
-  ids[2 * i - 1], ids[2 * i] = lost_at, ARGV[6] .. '.' .. i
 end
 if #ids > 0 then redis.call('ZADD', interactive and KEYS[3] or KEYS[2], unpack(ids)) end
 if interactive and bound == '' and rec.want_by == ARGV[7] then rec.want_i, rec.want_by = nil, nil end
 
-if #delays > 0 and probe == 1 then
+if #ids > 0 and probe == 1 then
   if account.gate_reason then probed(account, now) end
   if rec.gate_reason then probed(rec, now) end
 end
