@@ -28,15 +28,17 @@ CONNECT_TIMEOUT_S = 5.0
 DISK_FULL = "Redis can't write to its disk: make room there; nothing was lost"
 
 
-def connect(url: str) -> redis.Redis:
+def connect(url: str, silent_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
     """A sync client; replies are bytes. Raises `UsageError` for an address that can't be read.
+
+    A server that is silent for `silent_s` counts as gone.
 
     It tries nothing twice: who waits for a store that is away (`jobs.patience`), or must not, says so itself.
     """
     import redis
 
     try:
-        client = redis.Redis.from_url(url, **_options(url))
+        client = redis.Redis.from_url(url, **(_options(url) | {"socket_timeout": silent_s}))
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)  # would else fail at the first command
     except (TypeError, ValueError):  # whose message may hold a part of the password

@@ -57,13 +57,13 @@ class Patience:
             self._since = None
             self._say("the store answers again")
 
-    def lost(self, error: StoreUnavailable) -> None:
-        """It does not. Raises the error once the time is over, or at once where waiting would not help."""
+    def lost(self, error: StoreUnavailable, asked_at: float | None = None) -> None:
+        """It does not, asked then or now. Raises the error once the time is over; at once where waiting would not help."""
         now = self._clock()
         # One who was away long ago, and was not asked since, is away anew.
         begins = self._since is None or now - self._lost_at > STALE_S
         if self._since is None or begins:
-            self._since = now
+            self._since = now if asked_at is None else asked_at
         self._lost_at = now
         if isinstance(error, StoreRefused) or now - self._since >= self._patience_s:
             self._since = None
@@ -80,11 +80,12 @@ class Patience:
         try:
             while True:
                 self.unanswered = True
+                asked_at = self._clock()
                 try:
                     answer = work(*args, **kwargs)
                 except StoreUnavailable as error:
                     self.unanswered = not isinstance(error, StoreFull | StoreRefused)
-                    self.lost(error)
+                    self.lost(error, asked_at)
                     self._sleep(LOOK_S)
                 except Exception:
                     self._answered()

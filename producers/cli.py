@@ -274,13 +274,13 @@ def results(
 @app.command()
 def cancel(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: DataDir = None) -> int:
     """Cancel a batch: queued jobs at once, those in flight within seconds; answers that came are kept."""
+    from producers.producer import cancel as cancel_batch
     from producers.source import say
 
     with _connected(_settings(data_dir=data_dir)) as connection:
-        found = connection.store.cancel(batch)
-    say(
-        f"batch {batch}: {found.cancelled:,} cancelled, {found.succeeded:,} answered, {found.running:,} still in flight"
-    )
+        found = cancel_batch(connection.store, batch)
+    counts = f"{found.cancelled:,} cancelled, {found.succeeded:,} answered, {found.running:,} still in flight"
+    say(f"batch {found.batch_id}: {counts}")
     return 0
 
 

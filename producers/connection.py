@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jobs.broker import Bell, make_app
-from jobs.connections import check_schema, connect, results_url
+from jobs.connections import SOCKET_TIMEOUT_S, check_schema, connect, results_url
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
 from jobs.patience import Patience
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jobs.settings import Settings
 
 
+#: Seconds that a store may be silent, at least: a busy one is not away.
+LEAST_SILENT_S = 3.0
 #: Seconds that a broker may take to answer before a submit goes on without it.
 BELL_S = 3.0
 
@@ -58,7 +60,8 @@ class Connection:
             raise
 
     def _connect(self, url: str) -> Any:
-        client = connect(url)
+        # Who has little patience does not wait long for a store that stands still either.
+        client = connect(url, min(SOCKET_TIMEOUT_S, max(LEAST_SILENT_S, self.settings.store_patience_s)))
         self._clients.append(client)
         return client
 

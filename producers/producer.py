@@ -241,10 +241,7 @@ class Producer:
 
         Answers that have come are kept. Raises `NotFound`, or `UsageError` for one job of several.
         """
-        batch_id = batch_of(id)
-        if id != batch_id and (total := self.status(batch_id).total) > 1:
-            raise UsageError(f"{id} is one job of {total:,}; a batch is cancelled as a whole, by its id {batch_id}")
-        return self._connection.store.cancel(batch_id)
+        return cancel(self._connection.store, id)
 
     def close(self) -> None:
         """Closes the connections; what was submitted goes on."""
@@ -257,6 +254,14 @@ class Producer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def cancel(store: Store, id: str) -> BatchStatus:
+    """See `Producer.cancel`."""
+    batch_id = batch_of(id)
+    if id != batch_id and (total := store.status(batch_id).total) > 1:
+        raise UsageError(f"{id} is one job of {total:,}; a batch is cancelled as a whole, by its id {batch_id}")
+    return store.cancel(batch_id)
 
 
 def batch_of(id: str) -> str:

@@ -13,6 +13,7 @@ from jobs import identity
 from jobs.gates import Gate, gates_of, server_time
 from jobs.workers import live_workers
 from producers.connection import Connection
+from producers.producer import batch_of
 
 SHOWN = 20
 
@@ -23,7 +24,7 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
     As JSON an object a batch, each with the shut gates of this user's account.
     """
     store, client, wait = connection.store, connection.client, connection.patience.call
-    statuses = [store.status(id) for id in ([batch] if batch is not None else store.kept_batches(SHOWN))]
+    statuses = [store.status(id) for id in ([batch_of(batch)] if batch is not None else store.kept_batches(SHOWN))]
     own = identity.account_of(connection.settings)
     if as_json:
         gates = wait(gates_of, client, own) if statuses else []

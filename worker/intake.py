@@ -25,8 +25,10 @@ RING_WAIT_S = 60.0
 #: While every known model is shut, so many jobs are claimed so often, to see whether there are others.
 OTHERS = 5
 OTHERS_S = 1.0
-#: Room is this many seconds of what the limiter lets through.
+#: Room is this many seconds of what the limiter lets through: in the last second, and no more than on average lately, since
+#: long calls start in bursts.
 ROOM_S = 2.0
+LATELY_S = 5.0
 
 log = structlog.get_logger("worker.intake")
 
@@ -57,6 +59,7 @@ class Intake:
         self._waiting = waiting
         self._welcome = welcome
         self._starts: deque[tuple[float, int]] = deque()
+        self._began_at = 0.0  # of the calls that have been started lately
         self._claimed_at = 0.0
         self._changed = asyncio.Event()
         self.claiming = asyncio.Lock()  # held while a claim is on its way and what it brings is taken in
@@ -65,7 +68,10 @@ class Intake:
 
     def started(self, count: int) -> None:
         """Calls have started: what is let through, and room for others."""
-        self._starts.append((time.monotonic(), count))
+        now = time.monotonic()
+        if not self._starts or self._starts[-1][0] < now - LATELY_S:
+            self._began_at = now
+        self._starts.append((now, count))
         self._changed.set()
 
     def stir(self) -> None:
@@ -145,9 +151,13 @@ class Intake:
             return OTHERS if now - self._claimed_at > OTHERS_S else 0
         if shut_until:
             return 1  # the probe
-        while self._starts and self._starts[0][0] < now - 1:
+        while self._starts and self._starts[0][0] < now - LATELY_S:
             self._starts.popleft()
-        rate = sum(count for _, count in self._starts)
+        lately_s = min(max(now - self._began_at, 1.0), LATELY_S)
+        rate = min(
+            sum(count for at, count in self._starts if at >= now - 1),
+            sum(count for _, count in self._starts) / lately_s,
+        )
         least = float(self._settings.slice_size)
         if self._settings.rpm is not None:
             least = min(least, self._settings.rpm / 60 * ROOM_S)

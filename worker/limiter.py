@@ -35,7 +35,8 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one `reserve` gave, candidate by candidate in their order, but for those at the places `gone`: their leases are.
+    """What one `reserve` gave, candidate by candidate in their order, but for those at the places `gone`, whose leases are,
+    and `stopped`, whose batches are.
 
     `ask_again_s` and `bound` (requests, tokens, concurrency, window, interactive, share, or the reason of a gate) speak of
     those not granted; `shut` says whose gate it is (account, model), '' for none.
@@ -46,6 +47,7 @@ class Grant:
     bound: str
     shut: str
     gone: frozenset[int] = frozenset()
+    stopped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Limiter:
         candidates: Sequence[int | str] = estimates
         if jobs:
             candidates = [f"{n} {job.token} {job.index}" for n, job in zip(estimates, jobs, strict=True)]
-        names = [*self.keys(model), keys.LIMITS, keys.lease("")]
+        names = [*self.keys(model), keys.LIMITS, keys.lease(""), keys.batch("")]
         return names, [*self._args, prefix, who, f"{self.account}:{model}", *candidates]
 
     @staticmethod
@@ -117,8 +119,8 @@ class Limiter:
             for i, delay in enumerate(delays, 1)
             if delay >= 0
         ]
-        gone = frozenset(place for place, delay in enumerate(delays) if delay < 0)
-        return Grant(reservations, ask_ms / 1000, bound.decode(), shut.decode(), gone)
+        gone, stopped = (frozenset(p for p, delay in enumerate(delays) if delay == word) for word in (-1, -2))
+        return Grant(reservations, ask_ms / 1000, bound.decode(), shut.decode(), gone, stopped)
 
     def settle_args(self, settlements: Iterable[Settlement], told: str = "") -> list[Any]:
         """The arguments of `SETTLE` for these settlements; `told` are the newest x-ratelimit-* headers, as it wants them."""

@@ -62,6 +62,9 @@ class Caller(Protocol):
     def lease_lost(self, tokens: set[str]) -> None:
         """Somebody else has these slices: what waits of them is dropped."""
 
+    def give_back_of(self, tokens: set[str]) -> None:
+        """Gives back what waits of these slices: their batch is stopped."""
+
     def model_shut(self, model: str, seconds: float) -> None:
         """Nobody may call this model for so long: gives its jobs back, to be called after `seconds`."""
 
@@ -206,10 +209,12 @@ class Line:
         finally:
             self.asking = 0
         granted = len(grant.reservations)
-        self._put_back(candidates[granted + len(grant.gone) :])
-        if grant.gone:
+        passed_over = grant.gone | grant.stopped
+        self._put_back(candidates[granted + len(passed_over) :])
+        if passed_over:
             self._caller.lease_lost({candidates[place].job.token for place in grant.gone})
-            candidates = [run for place, run in enumerate(candidates) if place not in grant.gone]
+            self._caller.give_back_of({candidates[place].job.token for place in grant.stopped})
+            candidates = [run for place, run in enumerate(candidates) if place not in passed_over]
         for run, reservation in zip(candidates, grant.reservations, strict=False):
             # The delay counts from when it was asked for: how long the answer was on its way nobody knows.
             self._caller.start(run, reservation, asked_at + reservation.delay_s)

@@ -131,7 +131,10 @@ class Reaper:
     async def _retire(self) -> None:
         """Sets when the results of large batches go, which is too long for the step that ends them."""
         left = STEPS
-        for raw, entry in (await self._client.hgetall(keys.RETIRING)).items():
+        retiring = await self._client.hgetall(keys.RETIRING)
+        if retiring and self._outside is not None and await self._client.llen(keys.REVOKED):
+            return  # results that are still to be written would not expire
+        for raw, entry in retiring.items():
             more = True
             while more and left > 0:
                 left -= 1

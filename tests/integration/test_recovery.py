@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -114,9 +114,28 @@ def test_no_call_is_let_through_under_a_lease_that_is_gone(store: Store, store_u
 
     grant = run(reserve, store_url)
     assert [item.id for item in grant.reservations] == ["b.w.1.1", "b.w.1.3"]
-    assert grant.gone == {1}
+    assert (grant.gone, grant.stopped) == ({1}, set())
     assert store.client.zcard(keys.flight(LANE, "a", MODEL)) == 2
     assert not store.client.exists(keys.lease(gone[0].token))
+
+
+@pytest.mark.parametrize("stop", [Store.cancel, Store.pause])
+def test_no_call_of_a_batch_is_let_through_once_it_is_stopped(
+    store: Store, store_url: str, stop: Callable[[Store, str], object]
+) -> None:
+    """Its worker has not heard of it yet."""
+    stopped, *_ = store.submit(requests(1), NewBatch())
+    other, *_ = store.submit(requests(1), NewBatch())
+    jobs = sorted(claim(store_url, 2), key=lambda job: job.batch_id != stopped)
+    assert jobs[1].batch_id == other
+    stop(store, stopped)
+
+    async def reserve(client: Any) -> Grant:
+        limiter = Limiter(client, load_settings(), "a", "w")
+        return await limiter.reserve(MODEL, LANE, limiter.ids(LANE), [1, 1], jobs)
+
+    grant = run(reserve, store_url)
+    assert ([item.id for item in grant.reservations], grant.stopped) == (["b.w.1.2"], {0})
 
 
 def test_a_worker_that_was_taken_for_dead_counts_its_calls_once(store: Store, store_url: str) -> None:

@@ -15,6 +15,7 @@ from jobs.store import Store
 from jobs.submission import NewBatch
 from tests.integration.store_model import ending, requests, run
 from tests.waiting import wait_for
+from worker import outside
 from worker.outside import Outside
 from worker.reaper import Reaper
 
@@ -136,6 +137,25 @@ def test_the_results_of_a_large_batch_go_with_it_too(store: Store, store_url: st
     if elsewhere:
         results.flushdb()
         results.close()
+
+
+def test_results_that_are_still_to_be_written_elsewhere_go_too(
+    store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch so large that a round can't write the ends of all its jobs."""
+    monkeypatch.setattr(outside, "REVOKED", 10)
+    monkeypatch.setattr(outside, "ROUNDS", 3)
+    results_url = f"{store_url}?db=4"
+    store.client.set(keys.ELSEWHERE, 1)
+    results = connect(results_url)
+    batch_id, *_ = store.submit(requests(100), NewBatch(ttl_s=500))
+    store.cancel(batch_id)
+    for _ in range(5):
+        reap(store_url, results_url)
+    names = [keys.result(f"{batch_id}-{index}") for index in range(100)]
+    assert all(results.ttl(name) > 0 for name in names)
+    results.flushdb()
+    results.close()
 
 
 def test_results_are_told_to_go_also_when_their_batch_is_gone(store: Store, store_url: str) -> None:

@@ -369,6 +369,8 @@ def test_a_queued_batch_without_workers(
     told = json.loads(out)
     assert (status, told["batch_id"], told["total"], told["queued"], told["lane"]) == (0, batch, 2, 2, "interactive")
     assert f"{batch}  running" in mimoq("status")[1]
+    assert f"{batch}  running" in mimoq("status", f"{batch}-1")[1], "of the batch that a job is of"
+    refused(mimoq("cancel", f"{batch}-1"), "one job of 2")
     status, out, err = mimoq("cancel", batch)
     assert (status, out) == (0, "")
     assert "2 cancelled, 0 answered, 0 still in flight" in err

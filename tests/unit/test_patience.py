@@ -56,6 +56,27 @@ def test_it_ends_with_the_last_error_after_its_time_and_the_next_wait_is_a_new_o
     assert stand.said == ["waiting for the store: away"] * 2
 
 
+def test_the_time_counts_from_when_it_was_asked() -> None:
+    """A store that stands still says so only after a while."""
+    stand = Stand(20.0)
+
+    def silent() -> None:
+        stand.now += 10
+        raise AWAY
+
+    with pytest.raises(StoreUnavailable):
+        stand.patience.call(silent)
+    assert stand.now == 1020 + LOOK_S
+
+
+def test_one_who_was_away_long_ago_is_away_anew() -> None:
+    stand = Stand(60.0)
+    stand.patience.lost(AWAY)
+    stand.now += 3600
+    stand.patience.lost(AWAY)
+    assert stand.said == ["waiting for the store: away"] * 2
+
+
 def test_without_patience_nothing_is_said() -> None:
     stand = Stand(0.0)
     with pytest.raises(StoreUnavailable):

@@ -2,16 +2,17 @@
 -- Reserves upstream calls on one (account, model), for a block of jobs in one round trip.
 --
 -- KEYS[1..5] see limits.lua    KEYS[6] models with a record (zset: '<account>:<model>' -> time of last use)
--- KEYS[7] what keys of leases begin with (hash: c<index> = calls of that job that were let through under the lease)
+-- KEYS[7] what keys of leases begin with (hash: batch; c<index> = calls of that job that were let through under the lease)
+-- KEYS[8] what keys of batches begin with (hash: state)
 -- ARGV[1] requests a minute, '' for no limit     ARGV[2] tokens a minute, ''     ARGV[3] calls in flight, ''
 -- ARGV[4] share of the rates that is interactive jobs'    ARGV[5] seconds a reservation lives unless renewed
 -- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
 -- ARGV[8] this record's member of KEYS[6]
 -- ARGV[9..] of each candidate: its token estimate, and if it is a job that is held, a space, its fencing token, a space, its
 --   index: the lease remembers the call, so that one which its worker does not live to tell of is on record (reap.lua);
---   one whose lease is gone is passed over
+--   one whose lease is gone, or whose batch is stopped, is passed over
 --
--- Returns {delays in ms of the granted candidates, in order (-1: passed over), ms after which to ask again, what bound ('' if nothing:
+-- Returns {delays in ms of the granted candidates, in order (-1: its lease is gone, -2: its batch is stopped), ms after which to ask again, what bound ('' if nothing:
 -- requests, tokens, concurrency, window, interactive, share, or a gate's reason), 'account' or 'model' where a gate is
 -- shut, else '', 1 if the call is a probe of one, the time in ms}. Ids are prefix .. '.' .. position.
 --
@@ -152,18 +153,22 @@ local function hindrance(need)
   return what, wait, what ~= ''
 end
 
-local held = {} -- by fencing token
-local function is_held(token)
-  if held[token] == nil then held[token] = redis.call('EXISTS', KEYS[7] .. token) == 1 end
-  return held[token]
+-- 0 where a job held by this lease may be called, else what its delay says instead.
+local may = {}
+local function may_call(token)
+  if not may[token] then
+    local batch = redis.call('HGET', KEYS[7] .. token, 'batch')
+    may[token] = not batch and -1 or redis.call('HGET', KEYS[8] .. batch, 'state') == 'running' and 0 or -2
+  end
+  return may[token]
 end
 
 local ids, lost_at = {}, string.format('%.6f', now + LOST_S)
 for i = 1, candidates do
   local need, token, index = string.match(ARGV[CANDIDATES - 1 + i], '^(%S+) ?(%S*) ?(%d*)$')
   need = tonumber(need)
-  if token ~= '' and not is_held(token) then
-    delays[i] = -1
+  if token ~= '' and may_call(token) < 0 then
+    delays[i] = may_call(token)
   else
     local what, wait, rated = hindrance(need)
     if wait > AHEAD then
