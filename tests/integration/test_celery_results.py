@@ -13,7 +13,7 @@ from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from redis.exceptions import ResponseError
 
-from jobs import leases
+from jobs import keys, leases
 from jobs.connections import celery_url, connect
 from jobs.leases import End, Job
 from jobs.results import About, Failure, Usage, failure_payload, success_payload
@@ -158,9 +158,10 @@ def test_a_cancelled_job_is_revoked_and_wakes_who_waits(store: Store, store_url:
 
 
 def test_an_expired_job_is_revoked(store: Store, store_url: str, reader: Celery) -> None:
-    (job,) = claimed(store, store_url, lease_s=0.02, deadline_s=0.02)
+    (job,) = claimed(store, store_url, lease_s=0.02, deadline_s=500)
     result = AsyncResult(job.job_id, app=reader)
     assert result.state == "PENDING"
+    store.client.zadd(keys.DEADLINES, {job.batch_id: 1.0})
     wait_until(store.client, redis_time(store.client) + 0.03)
     run(leases.reap, store_url)  # the lease is over, and the deadline
     Script("sweep")(store.client, ["mimoq:"], [job.batch_id, 100])

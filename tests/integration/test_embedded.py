@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -56,6 +57,14 @@ def eventually(look: Callable[[], T], within_s: float = 20.0) -> T:
     return value
 
 
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or but for its status."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Folder:
     """A data folder, its processes, and the users we started on it."""
 
@@ -93,7 +102,7 @@ class Folder:
     def kill(self, pids: list[int]) -> None:
         (pid,) = pids
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        eventually(functools.partial(ended, pid))
 
     def revived(self, old: list[int]) -> bool:
         return self.answers() and self.servers() != old

@@ -487,12 +487,12 @@ def test_another_upstreams_speed_moves_no_turn_here(store: Store, store_url: str
 def test_scheduled_retries_block_nobody_and_come_when_due(store: Store, store_url: str) -> None:
     waits, *_ = store.submit(requests(2), NewBatch())
     jobs = claim(store_url, 2)
-    backs = [Back(jobs[0], 500.0, b'["one"]'), Back(jobs[1], 0.3, b'["two"]')]
+    backs = [Back(jobs[0], 500.0, b'["one"]'), Back(jobs[1], 1.0, b'["two"]')]
     assert run(lambda client: leases.give_back(client, waits, backs), store_url) == 0
     other, *_ = store.submit(requests(2), NewBatch())
     assert {job.batch_id for job in claim(store_url, 2)} == {other}
     assert claim(store_url, 2) == []
-    wait_until(store.client, redis_time(store.client) + 0.3)
+    wait_until(store.client, redis_time(store.client) + 1.0)
     assert run(leases.reap, store_url)[:2] == (0, 1)
     (due,) = claim(store_url, 5)
     assert (due.batch_id, due.index, due.attempts) == (waits, 1, b'["two"]')
