@@ -342,7 +342,7 @@ def test_a_store_that_is_away_is_told(mimoq: Mimoq, monkeypatch: pytest.MonkeyPa
     """With a line while it is waited for, then with one of how that ended."""
     monkeypatch.setenv("MIMOQ_REDIS_URL", "unix:///nowhere/valkey.sock")
     commands = (["status"], ["results", "b"], ["cancel", "b"], ["pause", "b"], ["resume", "b"], ["submit", "in.jsonl"])
-    for patience_s, said in (("0", []), ("0.01", ["waiting for the store"])):
+    for patience_s, said in (("0", []), ("0.5", ["waiting for the store"])):
         monkeypatch.setenv("MIMOQ_STORE_PATIENCE_S", patience_s)
         for command in commands:
             status, out, err = mimoq(*command)
