@@ -28,6 +28,13 @@ DEATHS = PREFIX + "deaths"  # zset: worker id -> unix time of its last heartbeat
 QUARANTINED = PREFIX + "quarantined"  # string: the worker that calls what may kill it, with expiry
 LIMITS = PREFIX + "limits"  # zset: `<account>:<model>` of every limit record -> unix time it was last used
 
+TENANTS = PREFIX + "tenants"  # set: every tenant of the API that has submitted something
+TOKENS = PREFIX + "tokens"  # hash: token id -> JSON of a token of the API, its digest in place of its text
+SECRETS = PREFIX + "secrets"  # hash: tenant -> what its webhooks are signed with
+OUTBOX = PREFIX + "outbox"  # zset: event id -> unix time it is due; channel: a message when one comes in
+DEAD = PREFIX + "outbox:dead"  # zset: event id -> unix time its delivery was given up
+METRICS = PREFIX + "metrics"  # hash: what all processes have counted
+
 LANES = ("interactive", "bulk")
 
 
@@ -139,3 +146,33 @@ def gate(account: str) -> str:
 def result(job_id: str) -> str:
     """string: Celery's own key of a task's result."""
     return f"celery-task-meta-{job_id}"
+
+
+def tenant_batches(tenant: str) -> str:
+    """zset: batch id -> created_at, those that a tenant of the API has submitted; tenant '' is who needs no token."""
+    return f"{PREFIX}tenant:{tenant}:batches"
+
+
+def tenant_events(tenant: str) -> str:
+    """zset: event id -> created_at, of a tenant's webhooks."""
+    return f"{PREFIX}tenant:{tenant}:events"
+
+
+def event(event_id: str) -> str:
+    """hash: kind, type, tenant, subject, url, created_at, attempts, and what became of it."""
+    return f"{PREFIX}event:{event_id}"
+
+
+def joins(digest: str) -> str:
+    """zset with expiry: id of a job that a waiting call made -> when somebody last waited for it, 0 once nobody does."""
+    return f"{PREFIX}joins:{digest}"
+
+
+def rate(token_id: str, minute: int) -> str:
+    """string with expiry: requests of a token in that minute of the unix time."""
+    return f"{PREFIX}rate:{token_id}:{minute}"
+
+
+def reported(process: str) -> str:
+    """string with expiry: number of the last report of what a process has counted."""
+    return f"{PREFIX}reported:{process}"

@@ -110,7 +110,10 @@ def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Par
     """
     fields = _decode(_fields, line)
     given_id = fields.pop("custom_id", None)
-    custom_id, problems = _custom_id(given_id)
+    custom_id = None if given_id is None else _decode(_value, given_id)
+    problems = _custom_id(custom_id)
+    if problems:
+        custom_id = None
     ignored: list[str] = []
     try:
         if not fields.keys().isdisjoint(("body", "url", "method")):
@@ -125,9 +128,28 @@ def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Par
         raise InvalidLine([*problems, *error.problems], custom_id) from None
     if problems:
         raise InvalidLine(problems)
-    if model is not None and "model" not in body:
-        sent = b'{"model":' + msgspec.json.encode(model) + b"," + sent[1:]
-    return Parsed(Request(endpoint, sent, custom_id), unknown_fields(endpoint, body), ignored)
+    return Parsed(Request(endpoint, _with_model(sent, body, model), custom_id), unknown_fields(endpoint, body), ignored)
+
+
+def parse_body(body: bytes, endpoint: str, *, model: str | None = None, custom_id: str | None = None) -> Request:
+    """Read a bare body, whatever its fields are called; `model` is for one that names none.
+
+    Raises `InvalidLine`, and nothing else whatever the bytes.
+    """
+    sent = body.strip()
+    return Request(endpoint, _with_model(sent, _judged(endpoint, sent), model), custom_id)
+
+
+def check_custom_id(custom_id: str) -> None:
+    """Raises `InvalidLine` where it breaks a rule."""
+    if problems := _custom_id(custom_id):
+        raise InvalidLine(problems)
+
+
+def _with_model(sent: bytes, body: dict[str, Any], model: str | None) -> bytes:
+    if model is None or "model" in body:
+        return sent
+    return b'{"model":' + msgspec.json.encode(model) + b"," + sent[1:]
 
 
 def make_request(
@@ -204,10 +226,9 @@ def _why(data: bytes, error: Exception) -> str:
     return f"is not JSON{place}"
 
 
-def _custom_id(raw: msgspec.Raw | None) -> tuple[str | None, list[Problem]]:
-    value = None if raw is None else _decode(_value, raw)
+def _custom_id(value: object) -> list[Problem]:
     if value is None:
-        return None, []
+        return []
     if not isinstance(value, str):
         message = "must be a string"
     elif not 1 <= len(value) <= MAX_CUSTOM_ID:
@@ -215,8 +236,8 @@ def _custom_id(raw: msgspec.Raw | None) -> tuple[str | None, list[Problem]]:
     elif _UNPRINTABLE.search(value):
         message = "must not hold control characters or line breaks"
     else:
-        return value, []
-    return None, [Problem("custom_id", message)]
+        return []
+    return [Problem("custom_id", message)]
 
 
 def _unwrap(fields: dict[str, msgspec.Raw], endpoint: str) -> tuple[str, bytes]:

@@ -93,6 +93,7 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True):
     status: int | None = None
     request_id: str | None = None
     error: Failure | None = None
+    model: str = ""
 
 
 class StoredResult(msgspec.Struct, frozen=True):
@@ -102,6 +103,14 @@ class StoredResult(msgspec.Struct, frozen=True):
     task_id: str
     result: msgspec.Raw
     mimoq: About | None = None
+    date_done: str | None = None
+
+    @property
+    def ended_at(self) -> float | None:
+        """When it was made, unix seconds; None for what a script wrote."""
+        if self.date_done is None:
+            return None
+        return datetime.fromisoformat(self.date_done).replace(tzinfo=UTC).timestamp()
 
     def __repr__(self) -> str:
         return f"StoredResult({self.task_id!r}, {self.status})"

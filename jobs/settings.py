@@ -8,13 +8,14 @@ made from the descriptions here.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import UsageError
@@ -24,7 +25,18 @@ DEFAULT_BASE_URL = "https://genaiapi.cloudsway.net"
 
 Positive = Annotated[int, Field(ge=1)]
 Status = Annotated[int, Field(ge=100, le=599)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Prices(BaseModel):
+    """What a million tokens of one model cost, in whatever currency; `cached` prompt tokens cost as others unless given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Price
+    completion: Price
+    cached: Price | None = None
 
 
 class Settings(BaseSettings):
@@ -106,6 +118,41 @@ class Settings(BaseSettings):
     )
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30.0, description="Seconds that calls in flight get to end when a worker is told to stop."
+    )
+    api_host: str = Field(
+        "127.0.0.1", description="Address the API listens on; other than loopback only with API_AUTH."
+    )
+    api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port the API listens on; 0: a free one.")
+    api_auth: bool = Field(
+        True,
+        description="Whether the API asks for a token (`mimoq token create`). Off: loopback only, all jobs are seen.",
+    )
+    api_rpm: Positive | None = Field(
+        None, description="HTTP requests a minute of one token, over all API processes, unless the token has its own."
+    )
+    api_max_body_bytes: Positive = Field(
+        32_000_000, description="Longest body of an API request, but for a batch sent as JSON lines."
+    )
+    api_max_upload_bytes: Positive = Field(
+        1_000_000_000, description="Longest body of a batch sent as JSON lines; it is read as a stream."
+    )
+    sync_timeout_s: Seconds = Field(
+        300.0, description="Seconds a waiting call gets its answer in; the job goes on after it, and can be polled."
+    )
+    webhook_allow_http: bool = Field(
+        False, description="Allow webhooks to `http://`, which anyone on the way can read."
+    )
+    webhook_allow_private: bool = Field(
+        False, description="Allow webhooks to private, loopback and link-local addresses: whoever submits reaches them."
+    )
+    prices: dict[str, Prices] | None = Field(
+        None,
+        description='Prices of a million tokens, as JSON: `{"MODEL": {"prompt": 0.3, "completion": 1.2, '
+        '"cached": 0.03}}`; `*` stands for any other model. Set, jobs show their cost.',
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address of a worker's own metrics.")
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Port of a worker's own metrics, counted up over the processes of one command. Unset: none."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["console", "json"] | None = Field(
@@ -239,4 +286,6 @@ def as_text(value: object) -> str:
     """A setting's value as a variable spells it; secrets stay masked."""
     if isinstance(value, frozenset):
         return ",".join(sorted(str(item) for item in value)) or "none"
+    if isinstance(value, dict):
+        return json.dumps({name: item.model_dump(exclude_none=True) for name, item in value.items()})
     return str(value)

@@ -6,6 +6,7 @@ gets in is in `jobs.submission`, the workers' side (claims, ends, leases) in `jo
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class BatchStatus:
     finished_at: float | None
     slice_size: int
     reason: str
+    tenant: str = ""
+    metadata: str = ""
+    callback: str = ""
+    deadline_at: float | None = None
 
     @property
     def ended(self) -> int:
@@ -83,8 +88,8 @@ class Store:
     ) -> None:
         self.client: Any = client
         self.patience = patience if patience is not None else no_patience()
-        self._results: Any = results if results is not None else client
-        self._room = Room(self.client, self._results)
+        self.results_client: Any = results if results is not None else client
+        self._room = Room(self.client, self.results_client)
 
     # -- submitting
 
@@ -139,6 +144,10 @@ class Store:
             finished_at=float(record["finished_at"]) if "finished_at" in record else None,
             slice_size=int(record["size"]),
             reason=record.get("reason", ""),
+            tenant=record.get("tenant", ""),
+            metadata=record.get("metadata", ""),
+            callback=record.get("callback", ""),
+            deadline_at=float(record["deadline_at"]) if "deadline_at" in record else None,
             **number,
         )
 
@@ -206,7 +215,7 @@ class Store:
         if not indexes:
             return []
         with redis_errors():
-            found = self._results.mget([keys.result(job_id(batch_id, index)) for index in indexes])
+            found = self.results_client.mget([keys.result(job_id(batch_id, index)) for index in indexes])
         return [None if payload is None else decode_result(payload) for payload in found]
 
     @patient
@@ -231,13 +240,17 @@ class Store:
     # -- changing
 
     @patient
-    def cancel(self, batch_id: str) -> BatchStatus:
-        """Stops a batch at once and writes the ends of its queued jobs. Raises `NotFound`."""
+    def cancel(self, batch_id: str, steps: int | None = None) -> BatchStatus:
+        """Stops a batch at once and writes the ends of its queued jobs, in `steps` at most: the reaper does the rest.
+
+        Raises `NotFound`.
+        """
         with redis_errors():
             if _cancel(self.client, [keys.PREFIX], [batch_id]) == b"unknown":
                 raise NotFound(f"there is no batch {batch_id}")
-            while _sweep(self.client, [keys.PREFIX], [batch_id, SCRIPT_JOBS]) > 0:
-                pass
+            for _ in itertools.count() if steps is None else range(steps):
+                if _sweep(self.client, [keys.PREFIX], [batch_id, SCRIPT_JOBS]) <= 0:
+                    break
         return self.status(batch_id)
 
     def pause(self, batch_id: str) -> BatchState:
@@ -294,7 +307,7 @@ class Store:
         again, start = 0, 0
         with redis_errors():
             while start >= 0:
-                if self._results is not self.client:
+                if self.results_client is not self.client:
                     self._forget_failures(batch_id, start)
                 count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
                 again += count
@@ -305,13 +318,13 @@ class Store:
     def _keep_results(self, batch_id: str) -> None:
         """The answers of a batch that was finished and goes on are kept with it."""
         start = 0
-        if self._results is self.client:
+        if self.results_client is self.client:
             while start >= 0:
                 start = _retention(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
             return
         total = int(self.client.hget(keys.batch(batch_id), "total") or 0)
         for start in range(0, total, SCRIPT_JOBS):
-            pipe = self._results.pipeline(transaction=False)
+            pipe = self.results_client.pipeline(transaction=False)
             for index in range(start, min(total, start + SCRIPT_JOBS)):
                 pipe.persist(keys.result(job_id(batch_id, index)))
             pipe.execute()
@@ -321,7 +334,7 @@ class Store:
         states = self.client.getrange(keys.states(batch_id), start, start + SCRIPT_JOBS - 1)
         failed = [start + place for place, byte in enumerate(states) if TERMINAL.get(byte) is JobState.FAILED]
         if failed:
-            self._results.delete(*(keys.result(job_id(batch_id, index)) for index in failed))
+            self.results_client.delete(*(keys.result(job_id(batch_id, index)) for index in failed))
 
     def subscribe(self, batch_id: str) -> Any:
         """A redis-py `PubSub` that gets a message whenever jobs of the batch end."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jobs import keys
 from jobs.blocks import encode_blocks
 from jobs.connections import redis_errors
-from jobs.errors import Conflict, MimoqError, StoreUnavailable
+from jobs.errors import Conflict, StoreUnavailable, UsageError
 from jobs.patience import Patience
 from jobs.requests import Request
 from jobs.results import NO_USAGE, Usage
@@ -40,7 +40,8 @@ class NewBatch:
     """What a batch is created with; times in seconds.
 
     `identity` is a digest of what makes a repeated submit the same one, '' for nothing; `content` the digest of what must
-    be the same then, made from the requests where it is ''.
+    be the same then, made from the requests where it is ''. `tenant` is whose it is at the API; `metadata` a JSON object and
+    `callback` the address that is told of its end, '' for none.
     """
 
     batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -55,6 +56,17 @@ class NewBatch:
     answered: bytes = b""
     answered_usage: Usage = NO_USAGE
     metadata: str = ""
+    tenant: str = ""
+    callback: str = ""
+
+    def further(self) -> list[Any]:
+        """Fields of the record that not every batch has, name and value in turn."""
+        optional = {"max_attempts": self.max_attempts, "metadata": self.metadata, "callback": self.callback}
+        further: list[Any] = []
+        for name, value in optional.items():
+            if value:
+                further += [name, value]
+        return further
 
 
 class Submitted(NamedTuple):
@@ -140,7 +152,7 @@ class Submission:
 
     def _refuse_empty(self) -> None:
         if not self._jobs:
-            raise MimoqError("a batch needs at least one request")
+            raise UsageError("a batch needs at least one request")
 
     def _digested(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The requests, their digest taken on the way: of all that is stored of each."""
@@ -217,11 +229,7 @@ class Submission:
 
     def _create(self) -> tuple[str, str]:
         new = self._new
-        further: list[Any] = []
-        if new.max_attempts is not None:
-            further += ["max_attempts", new.max_attempts]
-        if new.metadata:
-            further += ["metadata", new.metadata]
+        further = new.further()
         if new.answered_usage != NO_USAGE:
             for name in Usage.__struct_fields__:
                 further += [name, getattr(new.answered_usage, name)]
@@ -235,6 +243,7 @@ class Submission:
             self._content,
             new.ttl_s,
             "" if new.deadline_s is None else new.deadline_s,
+            new.tenant,
             new.answered,
             new.answered.count(b"s"),
             new.answered.count(b"f"),

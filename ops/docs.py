@@ -1,17 +1,20 @@
 """Makes the documents that follow from the code: `python -m ops.docs`; with `--check`, fails where one is out of date.
 
-`docs/settings.md` and `.env.example` come from the fields of `jobs.settings.Settings`.
+`docs/settings.md` and `.env.example` come from the fields of `jobs.settings.Settings`, `docs/metrics.md` from the table of
+`jobs.metrics`, `docs/openapi.json` from the API's routes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.metrics import TABLE, Metric
 from jobs.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +32,30 @@ with where each came from. Times are seconds.
 |---|---|---|---|
 """
 
+METRICS_HEAD = """\
+# Metrics
+
+Made from `jobs/metrics.py` by `python -m ops.docs`: change it there.
+
+The API exports at `/metrics`, without a token, what holds for the whole cluster (`mimoq_…`), and what its own process has
+counted (`mimoq_api_…`). A worker exports its own (`mimoq_worker_…`) at `http://MIMOQ_METRICS_HOST:MIMOQ_METRICS_PORT/`, if
+the port is set; the processes of one command have ports of their own, counted up from it. Both speak Prometheus's text
+format and OpenMetrics, and add `process_…` of their process where the system tells it (Linux).
+
+- **Totals.** Each process reports what it has counted to the store once a second and when it drains; the totals outlive it.
+  One that is killed may take its last second with it. Every API process shows the same totals and the same state: take one
+  of them, as in `max without (instance) (mimoq_jobs)`. Should the store be emptied, they begin anew.
+- **Labels** hold no prompt, answer, key or free text. A model's name is a label if it has up to 64 letters, digits and
+  `._:/@+-`, and is among the first 100 of its process; any other is `other`. An account is its digest, an endpoint one of
+  two.
+- **The store is away**: `mimoq_store_up` is 0, the rest of `mimoq_…` has no values, what processes say of themselves stays.
+- **Cost.** A look at the store is eleven round trips at most, serves all scrapes of a second, and goes no further than the
+  oldest 1,000 open batches and the 100 models used last. The totals have at most 10,000 values.
+
+| metric | type | labels | exported by | meaning |
+|---|---|---|---|---|
+"""
+
 ENV_HEAD = """\
 # Every setting of mimoq. Copy this file to .env and take the # from what you set.
 # Made from jobs/settings.py by `python -m ops.docs`: change it there.
@@ -37,7 +64,12 @@ ENV_HEAD = """\
 
 def documents() -> dict[str, str]:
     """What each made document must hold, by its path in the checkout."""
-    return {"docs/settings.md": settings_page(), ".env.example": env_example()}
+    return {
+        "docs/settings.md": settings_page(),
+        "docs/metrics.md": metrics_page(),
+        "docs/openapi.json": openapi_file(),
+        ".env.example": env_example(),
+    }
 
 
 def settings_page() -> str:
@@ -48,6 +80,30 @@ def settings_page() -> str:
         cells = (f"`{variable}`", _value(schema), default, schema["description"])
         rows.append(f"| {' | '.join(cells)} |\n")
     return SETTINGS_HEAD + "".join(rows)
+
+
+def metrics_page() -> str:
+    """The reference of all metrics."""
+    return METRICS_HEAD + "".join(_metric_row(metric) for metric in TABLE)
+
+
+def _metric_row(metric: Metric) -> str:
+    names = metric.exported()
+    cells = (
+        "<br>".join(f"`{name}`" for name in names),
+        metric.kind,
+        ", ".join(metric.labels) or "none",
+        "<br>".join(names.values()),
+        metric.help,
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def openapi_file() -> str:
+    """What the API serves at `/openapi.json`."""
+    from api.app import make_app
+
+    return json.dumps(make_app().openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def env_example() -> str:
@@ -76,7 +132,13 @@ def _value(schema: dict[str, Any]) -> str:
     if kind["type"] == "array":
         names = kind["items"].get("enum")
         return f"list of {', '.join(f'`{name}`' for name in names)}" if names else f"list of {kind['items']['type']}s"
-    words = {"string": "text", "boolean": "`true`, `false`", "integer": "integer", "number": "number"}[kind["type"]]
+    words = {
+        "string": "text",
+        "boolean": "`true`, `false`",
+        "integer": "integer",
+        "number": "number",
+        "object": "JSON object",
+    }[kind["type"]]
     bounds = {"minimum": "from", "exclusiveMinimum": "over", "maximum": "to"}
     return " ".join([words, *(f"{word} {_text(kind[bound])}" for bound, word in bounds.items() if bound in kind)])
 

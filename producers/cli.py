@@ -9,18 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from jobs.errors import MimoqError
+from producers import tokens_cli
+from producers.options import DataDir, connected, effective
 from producers.workers import Workers
-
-if TYPE_CHECKING:
-    from jobs.settings import Settings
-    from producers.connection import Connection
 
 app = typer.Typer(
     name="mimoq",
@@ -31,9 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(tokens_cli.app, name="token")
+
 CHAT = "/v1/chat/completions"
 
-DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder of the embedded Valkey.")]
 Endpoint = Annotated[str, typer.Option(metavar="URL", help="Endpoint of lines that name none.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Model of lines that name none.")]
 Input = Annotated[str, typer.Argument(metavar="IN", help="File of JSON lines; - reads standard input.")]
@@ -89,12 +87,6 @@ def _usage(error: Exception) -> int:
     raise error
 
 
-def _settings(**overrides: Any) -> Settings:
-    from jobs.settings import load_settings
-
-    return load_settings(**overrides)
-
-
 @app.command()
 def run(
     context: typer.Context,
@@ -122,7 +114,7 @@ def run(
     """Answer a file of requests: JSON lines in, JSON lines out. Run again, it goes on where it stopped."""
     from producers.run import Run, RunOptions
 
-    settings = _settings(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
+    settings = effective(model=model, rpm=rpm, tpm=tpm, max_in_flight=max_in_flight, data_dir=data_dir)
     options = RunOptions(
         source=source,
         output=output,
@@ -148,7 +140,7 @@ def validate(source: Input, endpoint: Endpoint = CHAT, model: Model = None, data
     from producers.reader import Defaults
     from producers.source import judge, opened_input, say
 
-    settings = _settings(model=model, data_dir=data_dir)
+    settings = effective(model=model, data_dir=data_dir)
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
     with opened_input(source, settings.data_dir) as (file, _):
         try:
@@ -189,7 +181,7 @@ def submit(
     from producers.reader import Defaults, requests
     from producers.source import judge, opened_input, say
 
-    settings = _settings(model=model, data_dir=data_dir)
+    settings = effective(model=model, data_dir=data_dir)
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
     new = new_batch(settings, lane, max_attempts, deadline_s, idempotency_key)
     with opened_input(source, settings.data_dir) as (file, _):
@@ -198,7 +190,7 @@ def submit(
         good = (
             found for _, found in requests(file, defaults, settings.max_line_bytes) if not isinstance(found, Exception)
         )
-        with _connected(settings) as connection:
+        with connected(settings) as connection:
             batch_id, jobs, created = connection.store.submit(good, new)
             print(batch_id, flush=True)  # before the rings, for which a broker may let us wait
             if created:
@@ -206,19 +198,6 @@ def submit(
             else:
                 say(f"batch {batch_id} of this idempotency key was there already; nothing was submitted again")
     return 0
-
-
-@contextlib.contextmanager
-def _connected(settings: Settings) -> Iterator[Connection]:
-    """The store of the settings, waited for with a line on stderr."""
-    from producers.connection import Connection
-    from producers.source import say
-
-    connection = Connection(settings, say)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 @app.command()
@@ -230,7 +209,7 @@ def status(
     """Show batches, workers, and gates that are shut."""
     from producers.status import show_status
 
-    with _connected(_settings(data_dir=data_dir)) as connection:
+    with connected(effective(data_dir=data_dir)) as connection:
         show_status(connection, batch, json)
     return 0
 
@@ -248,7 +227,7 @@ def results(
     from jobs.errors import UsageError
     from producers.follow import Follower
 
-    with _connected(_settings(data_dir=data_dir)) as connection:
+    with connected(effective(data_dir=data_dir)) as connection:
         follower = Follower(connection.store, batch)
         try:
             sink = output.open("wb") if output is not None else sys.stdout.buffer
@@ -277,7 +256,7 @@ def cancel(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: Dat
     from producers.producer import cancel as cancel_batch
     from producers.source import say
 
-    with _connected(_settings(data_dir=data_dir)) as connection:
+    with connected(effective(data_dir=data_dir)) as connection:
         found = cancel_batch(connection.store, batch)
     counts = f"{found.cancelled:,} cancelled, {found.succeeded:,} answered, {found.running:,} still in flight"
     say(f"batch {found.batch_id}: {counts}")
@@ -299,10 +278,34 @@ def resume(batch: Annotated[str, typer.Argument(metavar="BATCH")], data_dir: Dat
 def _set_paused(batch: str, data_dir: Path | None, *, paused: bool) -> int:
     from producers.source import say
 
-    with _connected(_settings(data_dir=data_dir)) as connection:
+    with connected(effective(data_dir=data_dir)) as connection:
         state = connection.store.pause(batch) if paused else connection.store.resume(batch)
     say(f"batch {batch} is {state}")
     return 0
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(metavar="HOST", help="Address the API listens on (127.0.0.1).")] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", min=0, max=65535, help="Its port (8000); 0: a free one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Worker processes for each lane.")] = 1,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Use the simulator, not MiMo.")] = False,
+    data_dir: DataDir = None,
+) -> int:
+    """Start store, workers and API on this machine; print address, token and a line to try it with."""
+    from producers.serve import Serve, ServeOptions
+
+    settings = effective(api_host=host, api_port=port, data_dir=data_dir)
+    return Serve(ServeOptions(workers, simulate), settings, context.obj or Workers()).run()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def api(context: typer.Context) -> NoReturn:
+    """Run the HTTP API (--host, --port)."""
+    _become("api", context.args)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -327,7 +330,7 @@ def config(data_dir: DataDir = None) -> int:
     """Print the effective settings, secrets masked, and where each came from."""
     from jobs.settings import sources
 
-    settings = _settings(data_dir=data_dir)
+    settings = effective(data_dir=data_dir)
     for name, value, source in sources(settings, data_dir=data_dir):
         print(f"{name}={value}  # {source}")
     return 0

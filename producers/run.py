@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-from pydantic import SecretStr
 
 from jobs import identity
 from jobs.errors import MimoqError, UsageError
 from jobs.gates import open_gate
 from jobs.requests import CHAT, ENDPOINTS, InvalidLine, Request
 from jobs.results import Usage
-from jobs.settings import PREFIX, Settings, as_text
+from jobs.settings import PREFIX, Settings
 from jobs.states import BatchState
 from jobs.store import BatchStatus
 from jobs.submission import NewBatch
 from producers.connection import Connection
+from producers.environment import variables
 from producers.interrupts import Interrupts
 from producers.output import check_paths, default_output, error_file
 from producers.progress import display
 from producers.reader import Defaults, Report, requests
 from producers.rows import Rows
-from producers.simulation import Simulation
+from producers.simulation import Simulation, simulated
 from producers.source import judge, opened_input, say
 from producers.watch import Watch
 from producers.workers import Rings, Workers
@@ -104,8 +104,7 @@ class Run:
         options, settings = self._options, self._settings
         if options.simulate:
             self._simulation = Simulation()
-            # With a key of its own, so that no gate of the real account is taken for the simulator's.
-            settings = settings.model_copy(update={"simulated": True, "api_key": SecretStr("simulated")})
+            settings = simulated(settings)
         own = options.workers if options.workers is not None else (0 if settings.redis_url is not None else 1)
         if options.simulate:
             own = max(own, 1)  # nobody else's worker takes simulated work
@@ -137,17 +136,11 @@ class Run:
                 say(f"batch {other} is unfinished here and goes on too; `mimoq cancel {other}` stops it")
 
     def _begin_workers(self, count: int, settings: Settings, rings: Rings) -> None:
-        variables = {}
-        for name in settings.model_fields_set | {"data_dir", "simulated"}:
-            value = getattr(settings, name)
-            if value is not None:
-                shown = value.get_secret_value() if hasattr(value, "get_secret_value") else value
-                variables[PREFIX + name.upper()] = as_text(shown)
-        variables[f"{PREFIX}DATA_DIR"] = str(settings.data_dir.resolve())
-        if self._simulation is not None:
-            variables[f"{PREFIX}BASE_URL"] = self._simulation.wait()
+        others = {"base_url": self._simulation.wait()} if self._simulation is not None else {}
+        told = variables(settings, **others)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._workers.begin(count, variables, settings.data_dir.resolve() / "worker.log", settings.drain_s, rings)
+        log = settings.data_dir.resolve() / "worker.log"
+        self._workers.begin(["bulk"] * count, told, log, settings.drain_s, rings)
 
     # -- the batch
 
@@ -184,7 +177,7 @@ class Run:
                 answered_usage=rows.usage(),
             )
             jobs = self._jobs(file, defaults, report, batch_id, rows)
-            batch_id, total, _ = store.submit(jobs, new)
+            batch_id, total, *_ = store.submit(jobs, new)
             queued = total - len(new.answered.replace(b"\0", b""))
         else:
             say(f"continuing batch {batch_id}")

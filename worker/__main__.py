@@ -33,11 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=_number, default=1, metavar="N", help="processes for each lane (default 1)")
     parser.add_argument("--exit-with-stdin", action="store_true", help="drain and end when standard input is closed")
     parser.add_argument("--start-on-stdin", action="store_true", help="get ready, but begin at the first byte there")
+    parser.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)  # among a supervisor's processes
     args = parser.parse_args(argv)
     lanes = [args.lane] if args.lane else list(LANES)
     try:
         if len(lanes) * args.processes == 1:
-            _work(lanes[0], args.exit_with_stdin, args.start_on_stdin)
+            _work(lanes[0], args.exit_with_stdin, args.start_on_stdin, args.place)
         return Supervisor(lanes * args.processes, args.exit_with_stdin).run()
     except MimoqError as error:
         print(f"mimoq worker: {error}", file=sys.stderr)
@@ -50,7 +51,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
+def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool, place: int) -> NoReturn:
     """This process becomes a Celery worker of the lane, and ends as one."""
     drain().hear()
     told = _told_to_start() if start_on_stdin else {}
@@ -65,6 +66,7 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool) -> NoReturn:
     if exit_with_stdin:
         end_when_stdin_closes(drain().begin)
     # The engine first: while it makes its first calls, Celery has the time to import.
+    host().place = place
     host().start()
     host().engine.serve([lane])
     from worker.app import app

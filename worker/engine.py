@@ -33,6 +33,7 @@ from worker.holding import Holding
 from worker.intake import Intake
 from worker.limiter import Limiter, Reservation
 from worker.line import Lines
+from worker.metrics import Counts
 from worker.outcome import Outcome
 from worker.outside import Outside
 from worker.run import Run, calls_of
@@ -74,7 +75,8 @@ class Engine:
         self.lines = Lines(self.limiter, self)
         self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self.welcome)
         self.outside = Outside(client, results) if results is not None else None
-        self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go)
+        self.counts = Counts(settings)
+        self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go, self._told)
         self.estimates = Estimates(settings.estimate_completion_tokens)
         self._policy = Policy.of(settings)
         self.stopping = False
@@ -203,7 +205,12 @@ class Engine:
         if self.stopping or run.lost:
             self.holding.hand_back(run)
         elif not run.over:
+            run.waits_since = run.waits_since or time.monotonic()
             self.lines.add(run, first)
+
+    def _told(self, end: End, word: str) -> None:
+        """What the store said of a job's end."""
+        self.counts.told(self.holding.find(end.job), end, word)
 
     def _let_go(self, jobs: list[Job]) -> None:
         self.holding.let_go(jobs)
@@ -239,7 +246,8 @@ class Engine:
                 self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
                 self._queue(run, first=True)
                 return
-            called = time.time()
+            self.counts.started(run)
+            called, run.waits_since = time.time(), 0.0
             request = run.job.request
             outcome = await self.upstream.call(request.endpoint, request.body)
             verdict = classify(outcome, request.endpoint, self._policy)
@@ -249,19 +257,23 @@ class Engine:
             # Its batch was cancelled, or the drain's time is over.
             end = settlements.broken_off(reservation) if called else settlements.unused(reservation, run.estimate)
             self.flusher.settle(run.model, end)
+            outcome = Outcome(started_at=called, latency_s=time.time() - called, error="aborted", sent=True)
+            verdict = Verdict(Kind.RETRY, "aborted", maybe_billed=True)
             if called and not run.over:
-                outcome = Outcome(started_at=called, latency_s=time.time() - called, error="aborted", sent=True)
-                run.add(outcome, Verdict(Kind.RETRY, "aborted", maybe_billed=True), self.account, 0.0, counted=False)
+                run.add(outcome, verdict, self.account, 0.0, counted=False)
             self.holding.hand_back(run)
         except Exception as error:
             # A fault of ours, which the next call of this job would meet again, paid for again.
             log.error("call_died", job=run.job.job_id, error=type(error).__name__, exc_info=error)
             self.flusher.settle(run.model, settlements.broken_off(reservation))
             outcome = Outcome(started_at=time.time(), error="internal_error", sent=bool(called))
-            self._finish(run, outcome, Verdict(Kind.FAILED, "internal_error", maybe_billed=bool(called)))
+            verdict = Verdict(Kind.FAILED, "internal_error", maybe_billed=bool(called))
+            self._finish(run, outcome, verdict)
         finally:
             del self.flying[reservation.id]
             run.flying = False
+            if called:
+                self.counts.call(run, outcome, verdict)
 
     def _settle(self, run: Run, reservation: Reservation, outcome: Outcome, verdict: Verdict) -> None:
         """Lets limiter and estimates learn from a call."""
@@ -284,6 +296,7 @@ class Engine:
             self._finish(run, outcome, verdict)
             return
         if kind is Kind.GATE:
+            self.counts.again(verdict)
             run.add(outcome, verdict, self.account, 0.0)
             self._queue(run, first=True)
             return
@@ -292,6 +305,7 @@ class Engine:
         if counted and run.counted + 1 >= (run.job.max_attempts or self.settings.max_attempts):
             self._finish(run, outcome, verdict)
             return
+        self.counts.again(verdict)
         attempt = run.counted + 1 if kind is Kind.RETRY else run.refusals + 1
         wait_s = backoff(attempt, random.random, outcome.retry_after_s)
         run.add(outcome, verdict, self.account, wait_s, counted=counted)
@@ -320,7 +334,7 @@ class Engine:
 
     def lease_lost(self, tokens: set[str]) -> None:
         """Somebody else has these slices: what waits is dropped, what flies goes on."""
-        self.holding.lose(tokens)
+        self.counts.lost(self.holding.lose(tokens))
         self.lines.sift()
 
     def abort(self, tokens: set[str]) -> None:

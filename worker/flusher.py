@@ -43,7 +43,8 @@ log = structlog.get_logger("worker.flusher")
 class Flusher:
     """Collects writes and makes them.
 
-    `on_settled` is called when reservations were freed, `on_written` with jobs that this worker no longer holds.
+    `on_settled` is called when reservations were freed, `on_written` with jobs that this worker no longer holds, before it
+    `on_told` with what the store said of each end, in the words of finish.lua.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Flusher:
         limiter: Limiter,
         on_settled: Callable[[], None],
         on_written: Callable[[list[Job]], None],
+        on_told: Callable[[End, str], None],
     ) -> None:
         self._client = client
         self._outside = outside  # None when results go with the state in one step
         self._limiter = limiter
         self._on_settled = on_settled
         self._on_written = on_written
+        self._on_told = on_told
         self._ends: list[End] = []
         self._backs: list[Back] = []
         self._settlements: dict[str, list[Settlement]] = defaultdict(list)
@@ -69,8 +72,6 @@ class Flusher:
         self._idle.set()
         self._held_bytes = 0
         self.failing = False
-        self.late = 0
-        self.fenced = 0
 
     def end(self, end: End) -> None:
         """A job has ended."""
@@ -179,17 +180,24 @@ class Flusher:
     ) -> None:
         calls = [self._settle_call(model, items) for model, items in settlements.items()]
         finishes = len(calls)
+        unwritten = block
         if self._outside is not None and block:
-            block = await self._outside.write(block)
-        for batch_id, ends in _by_batch(block, lambda end: end.job).items():
+            unwritten = await self._outside.write(block)
+        by_batch = _by_batch(unwritten, lambda end: end.job)
+        for batch_id, ends in by_batch.items():
             calls.append(leases.finish_call(batch_id, ends, stored_elsewhere=self._outside is not None))
         given_back = len(calls)
         for batch_id, jobs in _by_batch(backs, lambda back: back.job).items():
             calls.append(leases.give_back_call(batch_id, jobs))
         replies = await call_all(self._client, calls)
-        for words in replies[finishes:given_back]:
-            self.late += words.count(b"late")
-            self.fenced += words.count(b"fenced")
+        for ends, words in zip(by_batch.values(), replies[finishes:given_back], strict=True):
+            for end, word in zip(ends, words, strict=True):
+                self._on_told(end, word.decode())
+        if len(unwritten) < len(block):
+            left = {id(end) for end in unwritten}
+            for end in block:
+                if id(end) not in left:
+                    self._on_told(end, "again")
 
     def _settle_call(self, model: str, items: list[Settlement]) -> Call:
         return Call(SETTLE, self._limiter.keys(model), self._limiter.settle_args(items, self._told.pop(model, "")))

@@ -37,6 +37,10 @@ class Holding:
         self._runs[run.job.token, run.job.index] = run
         self.tokens.setdefault(run.job.token, set()).add(run)
 
+    def find(self, job: Job) -> Run | None:
+        """The run of a job, if it is held."""
+        return self._runs.get((job.token, job.index))
+
     def let_go(self, jobs: list[Job]) -> None:
         """What came of these jobs has been written."""
         for job in jobs:
@@ -60,8 +64,8 @@ class Holding:
             if not run.over and not run.flying and which(run):
                 self.hand_back(run, max(least_s, run.ready_at - now))
 
-    def lose(self, tokens: set[str]) -> None:
-        """Somebody else has these slices."""
+    def lose(self, tokens: set[str]) -> int:
+        """Somebody else has these slices; returns how many jobs that concerns."""
         lost = 0
         for token in tokens:
             for run in self.tokens.pop(token, ()):
@@ -75,3 +79,4 @@ class Holding:
                     del self._runs[token, run.job.index]
         if lost:
             log.warning("leases_lost", jobs=lost)
+        return lost

@@ -20,6 +20,7 @@ from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
 from jobs.settings import load_settings
+from worker import metrics
 from worker.drain import drain
 from worker.thread import RETRY_S, EngineThread
 
@@ -46,6 +47,7 @@ class Host:
             self.redis_url = self._server.url
         died = partial(drain().begin, os.EX_SOFTWARE)
         self.engine = EngineThread(self.settings, self.redis_url, self, died)
+        self.place = 0  # among the processes of one command, whose ports of metrics are counted up
         self._started = False
 
     def start(self) -> None:
@@ -56,6 +58,8 @@ class Host:
         self.engine.start()
         self._started = True
         drain().engine_stands(self.engine)
+        if self.settings.metrics_port is not None:
+            metrics.serve(self.engine.metrics, self.settings.metrics_host, self.settings.metrics_port + self.place)
 
     def _wait_for_store(self) -> None:
         client = connect(self.redis_url)

@@ -16,7 +16,9 @@ from redis.exceptions import RedisError, ResponseError
 
 from jobs import keys, leases
 from jobs.leases import LEASE_S
+from jobs.metrics import REAPER_ACTIONS
 from jobs.scripts import Script
+from jobs.tally import Tally
 from worker.lock import Lock
 from worker.outside import Outside
 
@@ -61,8 +63,11 @@ class Rope(Protocol):
 class Reaper:
     """One worker's readiness to reap."""
 
-    def __init__(self, client: Any, bell: Rope, worker_id: str, outside: Outside | None = None) -> None:
+    def __init__(
+        self, client: Any, bell: Rope, worker_id: str, outside: Outside | None = None, tally: Tally | None = None
+    ) -> None:
         self._client = client
+        self._tally = tally if tally is not None else Tally()
         self._bell = bell
         self._lock = Lock(client, keys.REAPER, worker_id, LOCK_S)
         self._outside = outside
@@ -103,7 +108,7 @@ class Reaper:
         if self.ringing is None or self.ringing.done():
             unheard = await leases.unheard(self._client, RINGS)
             if unheard:
-                self.ringing = asyncio.create_task(asyncio.to_thread(self._ring, unheard))
+                self.ringing = asyncio.create_task(self._ring_all(unheard))
 
     async def _reap(self) -> None:
         for _ in range(STEPS):
@@ -114,8 +119,10 @@ class Reaper:
                 log.info("reaper_waits", gap_s=round(found.gap_s, 1), seconds=patience_s)
             if found.jobs:
                 log.warning("jobs_taken_back", jobs=found.jobs)
+                self._did("jobs_taken_back", found.jobs)
             if found.woken:
                 log.debug("retries_due", batches=found.woken)
+                self._did("batches_woken", found.woken)
             if found.leases < LEASES:
                 return
 
@@ -153,24 +160,44 @@ class Reaper:
             found = await leases.audit(self._client, raw.decode(), AUDITED_CLAIMS)
             if found:
                 log.error("jobs_found_lost", batch=raw.decode(), jobs=found)
+                self._did("jobs_found_lost", found)
 
     async def _forget_expired(self) -> None:
-        """Takes batches whose retention is over off the list of all."""
-        oldest = await self._client.zrange(keys.BATCHES, 0, FORGET_BATCHES - 1)
+        """Takes batches whose retention is over off the lists of all, and of their tenants."""
+        oldest = await self._client.zrange(keys.BATCHES, 0, FORGET_BATCHES - 1, withscores=True)
         if not oldest:
             return
         pipe = self._client.pipeline(transaction=False)
-        for raw in oldest:
+        for raw, _ in oldest:
             pipe.exists(keys.batch(raw.decode()))
-        gone = [raw for raw, kept in zip(oldest, await pipe.execute(), strict=True) if not kept]
-        if gone:
-            await self._client.zrem(keys.BATCHES, *gone)
+        replies = await pipe.execute()
+        gone = [raw for (raw, _), kept in zip(oldest, replies, strict=True) if not kept]
+        if not gone:
+            return
+        await self._client.zrem(keys.BATCHES, *gone)
+        # Nobody has any that are older than the oldest that is kept. Singles that came together are of the same age.
+        seconds, micros = await self._client.time()  # before the look: what is made after it is younger
+        first = await self._client.zrange(keys.BATCHES, 0, 0, withscores=True)
+        before = f"({first[0][1] if first else seconds + micros / 1e6!r}"
+        for tenant in await self._client.smembers(keys.TENANTS):
+            await self._client.zremrangebyscore(keys.tenant_batches(tenant.decode()), "-inf", before)
 
-    def _ring(self, unheard: list[tuple[str, str, str, int]]) -> None:
+    async def _ring_all(self, unheard: list[tuple[str, str, str, int]]) -> None:
+        if rung := await asyncio.to_thread(self._ring, unheard):
+            self._did("rings", rung)
+
+    def _did(self, action: str, count: int) -> None:
+        self._tally.add(REAPER_ACTIONS, action, amount=count)
+
+    def _ring(self, unheard: list[tuple[str, str, str, int]]) -> int:
+        """Returns how many rings were put on silent queues."""
+        rung = 0
         try:
             for lane, label, batch_id, slices in unheard:
                 if self._bell.depth(lane, label) == 0:
                     self._bell.ring(batch_id, lane, label, slices)
+                    rung += slices
         except Exception as error:
             # Whatever a broker's client raises: the next round rings again.
             log.warning("broker_away", error=type(error).__name__)
+        return rung

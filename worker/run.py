@@ -39,9 +39,10 @@ _decode_fields = msgspec.json.Decoder(Fields).decode
 class Run:
     """A job held by this worker.
 
-    `text` is how much its body holds, `ready_at` the monotonic time before which it is not called; `flying` says that a
-    reservation for it is held, `lost` that its lease is another's, `over` that its end or its way back is decided. `before`
-    are the calls and their usage that earlier holders have told of.
+    `text` is how much its body holds, `ready_at` the monotonic time before which it is not called, `waits_since` when it
+    began to wait for its next call, 0 while it does not; `flying` says that a reservation for it is held, `lost` that its
+    lease is another's, `over` that its end or its way back is decided. `before` are the calls and their usage that earlier
+    holders have told of.
     """
 
     job: Job
@@ -51,6 +52,7 @@ class Run:
     attempts: list[Attempt] = field(default_factory=list)
     before: tuple[int, Usage] = (0, NO_USAGE)
     ready_at: float = 0.0
+    waits_since: float = 0.0
     estimate: int = 0
     flying: bool = False
     lost: bool = False
@@ -122,6 +124,7 @@ class Run:
             status=outcome.status,
             request_id=outcome.request_id,
             error=None if succeeded else _failure(outcome, verdict),
+            model=self.model,
         )
         if succeeded:
             payload = success_payload(job.job_id, outcome.body or b"null", about, compress)

@@ -63,6 +63,7 @@ class Supervisor:
 
     def _start(self, place: int) -> None:
         argv = [sys.executable, "-P", "-m", "worker", "--lane", self._lanes[place], "--exit-with-stdin"]
+        argv += ["--place", str(place)]
         # In a session of its own, so that a terminal's Ctrl-C comes once, from here.
         child = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
         self._children[place] = child

@@ -23,6 +23,8 @@ from redis.exceptions import RedisError
 
 from jobs.connections import connect_async, results_url
 from jobs.settings import Settings
+from jobs.tally import Cell
+from worker import metrics
 from worker.engine import Engine
 from worker.heartbeat import Heartbeat
 from worker.outside import Outside
@@ -35,7 +37,7 @@ from worker.watchdog import Watchdog
 LOOK_S = 2.0
 #: Seconds between two attempts on a store that is away.
 RETRY_S = 0.5
-#: Seconds to take this worker off the list of live ones, which it also leaves by silence.
+#: Seconds to tell the last counts, and to take this worker off the list of live ones, which it also leaves by silence.
 LEAVE_S = 2.0
 
 log = structlog.get_logger("worker")
@@ -96,7 +98,8 @@ class EngineThread:
         heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
-        engine.spawn(Reaper(client, self._rope, self.worker_id, engine.outside).run())
+        engine.spawn(Reaper(client, self._rope, self.worker_id, engine.outside, engine.counts.tally).run())
+        engine.spawn(engine.counts.reports.run(client))
         engine.spawn(Quarantine(client, engine, self._served).run())
         self._loop, self._engine = asyncio.get_running_loop(), engine
         self._ready.set()
@@ -107,6 +110,8 @@ class EngineThread:
                 self.written = await engine.drain(self._settings.drain_s)
             finally:
                 await engine.close()
+                with contextlib.suppress(TimeoutError, RedisError, OSError):
+                    await asyncio.wait_for(engine.counts.reports.report(client), LEAVE_S)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(heartbeat.leave(), LEAVE_S)
                 await client.aclose(close_connection_pool=True)
@@ -146,6 +151,10 @@ class EngineThread:
         finally:
             self._ringing[lane] -= 1
             self._rung_at[lane] = time.monotonic()
+
+    def metrics(self) -> dict[Cell, float]:
+        """What the engine counts and holds, once it stands; from any thread."""
+        return metrics.cells(self._engine) if self._engine is not None else {}
 
     def serve(self, lanes: Iterable[str]) -> None:
         """From now on looks for ready work of these lanes, at once and whenever no ring is heard."""

@@ -78,6 +78,44 @@ local function tells_first(batch, index, token)
   return true
 end
 
+-- Says to whoever follows the batch what has happened: the indexes of jobs that ended in this call (`just_ended`), joined by
+-- commas; '' when something else about it changed.
+local just_ended = {}
+
+local function tell(batch)
+  redis.call('PUBLISH', of(batch, 'events'), table.concat(just_ended[batch] or {}, ','))
+  just_ended[batch] = nil
+end
+
+local function has_ended(batch, index)
+  local list = just_ended[batch]
+  if not list then
+    list = {}
+    just_ended[batch] = list
+  end
+  list[#list + 1] = index
+end
+
+local ENDED_BY = {c = 'cancelled', x = 'expired'}
+
+-- The end of a batch, or of the job that is one, is to be told to its `callback`: an event in the outbox.
+local function post_event(batch)
+  local r = redis.call('HMGET', record(batch), 'callback', 'tenant', 'single', 'closing', 'cancelled', 'expired', 'succeeded')
+  if not r[1] then return end
+  local subject, what = batch, 'batch.' .. (ENDED_BY[r[4]] or 'completed')
+  if r[3] then
+    subject = batch .. '-0'
+    what = 'job.' .. (r[5] ~= '0' and 'cancelled' or r[6] ~= '0' and 'expired' or r[7] ~= '0' and 'succeeded' or 'failed')
+  end
+  local id = 'evt_' .. batch .. '_' .. redis.call('HINCRBY', record(batch), 'events', 1)
+  local at = stamp(now())
+  redis.call('HSET', prefix .. 'event:' .. id, 'kind', 'webhook', 'type', what, 'tenant', r[2] or '', 'subject', subject,
+    'url', r[1], 'created_at', at, 'attempts', 0)
+  redis.call('ZADD', prefix .. 'outbox', at, id)
+  redis.call('ZADD', prefix .. 'tenant:' .. (r[2] or '') .. ':events', at, id)
+  redis.call('PUBLISH', prefix .. 'outbox', id)
+end
+
 -- Batches up to this many jobs have their results' expiry set in the step that ends them; larger ones by the reaper.
 local RETIRED_AT_ONCE = 1000
 
@@ -112,6 +150,7 @@ local function close_if_over(batch)
   redis.call('EXPIRE', b, ttl)
   for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('EXPIRE', of(batch, part), ttl) end
   retire(batch, tonumber(n[1]), ttl)
+  post_event(batch)
   -- The identity may stand for a newer batch by now, whose hold on it must not end with this one.
   local identity = prefix .. 'identity:' .. lane[3]
   if redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end
@@ -126,7 +165,7 @@ local function expire_if_due(batch, at)
   if redis.call('HGET', record(batch), 'closing') == '' then
     redis.call('HSET', record(batch), 'state', 'cancelling', 'closing', 'x')
     redis.call('SADD', prefix .. 'closing', batch)
-    redis.call('PUBLISH', of(batch, 'events'), 0)
+    tell(batch)
   end
 end
 
@@ -157,6 +196,10 @@ local function revoke(batch, index, letter, attempts)
   redis.call('HDEL', of(batch, 'history'), index)
   redis.call('ZREM', of(batch, 'retries'), index)
   redis.call('HINCRBY', record(batch), why, 1)
+  -- Nobody but this step knows of these ends: counted as jobs.tally does.
+  redis.call('HINCRBY', prefix .. 'metrics',
+    '["jobs_ended_total","' .. why .. '","' .. (redis.call('HGET', record(batch), 'lane') or '') .. '","",""]', 1)
+  has_ended(batch, index)
   local key = 'celery-task-meta-' .. id
   if redis.call('EXISTS', prefix .. 'elsewhere') == 1 then
     redis.call('RPUSH', prefix .. 'revoked', id .. ' ' .. meta)

@@ -72,6 +72,7 @@ for i = 2, #ARGV, 6 do
     redis.call('ZREM', of(batch, 'retries'), index)
     redis.call('HDEL', of(batch, 'history'), index)
     redis.call('SETRANGE', of(batch, 'states'), index, letter)
+    has_ended(batch, index)
     order[#order + 1] = struct.pack('<I4', index)
     counts[letter] = counts[letter] + 1
     if letter == 'f' then codes[#codes + 1] = ARGV[i + 5] end
@@ -97,6 +98,6 @@ if #order > 0 then
   if stored > 0 then redis.call('HINCRBY', b, 'result_bytes', stored) end
   close_if_over(batch)
   if #codes > 0 then pause_if_alike() end
-  redis.call('PUBLISH', of(batch, 'events'), #order)
+  tell(batch)
 end
 return words

@@ -33,5 +33,5 @@ end
 count_spent(batch, spent)
 for _, block in ipairs(order) do make_ready(batch, blocks[block], 0) end
 close_if_over(batch)
-redis.call('PUBLISH', of(batch, 'events'), 0)
+tell(batch)
 return ready

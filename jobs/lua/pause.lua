@@ -18,7 +18,7 @@ if (state == 'running' or state == 'paused') and state ~= ARGV[2] then
     wake(ARGV[1])
     offer_suspects(ARGV[1])
   end
-  redis.call('PUBLISH', of(ARGV[1], 'events'), 0)
+  tell(ARGV[1])
   return ARGV[2]
 end
 return state

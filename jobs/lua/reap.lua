@@ -115,7 +115,7 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
     for _, index in ipairs(called) do quarantine(batch, index) end
     make_ready(batch, ready, crashes)
     close_if_over(batch)
-    redis.call('PUBLISH', of(batch, 'events'), 0)
+    tell(batch)
   end
   redis.call('DEL', key)
   redis.call('ZREM', prefix .. 'leases', token)

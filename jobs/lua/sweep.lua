@@ -29,5 +29,5 @@ if from < stop then
 end
 if stop >= total then redis.call('SREM', prefix .. 'closing', batch) end
 close_if_over(batch)
-redis.call('PUBLISH', of(batch, 'events'), stop - from)
+tell(batch)
 return total - stop

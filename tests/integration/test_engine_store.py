@@ -178,7 +178,7 @@ async def test_an_answer_stored_elsewhere_by_a_worker_that_died_is_not_bought_ag
         dead = await leases.claim(client, "dead", "bulk", [""], 2, lease_s=0.01)
         about = About("a", CHAT, Usage(total_tokens=7), [Attempt(at=1.0, latency_s=1.0, verdict="succeeded")])
         payload = success_payload(dead[0].job_id, b'{"kept": 1}', about, compress=True)
-        stand.store._results.set(keys.result(dead[0].job_id), payload)
+        stand.store.results_client.set(keys.result(dead[0].job_id), payload)
         taken = 0
         while taken < 2:
             taken += (await leases.reap(client))[0]
@@ -215,7 +215,7 @@ async def test_a_late_failure_elsewhere_does_not_take_the_place_of_an_answer(sto
     for one in (client, results):
         await one.aclose(close_connection_pool=True)
     store.client.close()
-    store._results.close()
+    store.results_client.close()
 
 
 @in_loop
@@ -234,7 +234,7 @@ async def test_a_cancelled_job_is_revoked_where_the_results_are(store_url: str) 
     for one in (client, results):
         await one.aclose(close_connection_pool=True)
     store.client.close()
-    store._results.close()
+    store.results_client.close()
 
 
 @in_loop

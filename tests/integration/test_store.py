@@ -191,7 +191,7 @@ def test_ends_are_told_on_the_batches_channel(store: Store, store_url: str) -> N
         message = None
         while message is None:
             message = pubsub.get_message(timeout=5)
-        assert message["data"] == b"1"
+        assert message["data"] == b"0"
 
 
 def test_the_last_job_that_is_reaped_from_a_cancelled_batch_is_told(store: Store, store_url: str) -> None:

@@ -72,9 +72,10 @@ def refused(answer: tuple[int, str, str], *parts: str) -> None:
 def test_help_says_what_there_is(mimoq: Mimoq) -> None:
     status, out, err = mimoq("--help")
     assert (status, err) == (0, "")
-    for command in ("run", "validate", "submit", "status", "results", "cancel", "worker", "simulator", "config"):
+    own = ("run", "validate", "submit", "status", "results", "cancel", "serve", "token", "config")
+    for command in (*own, "api", "worker", "simulator"):
         assert f"  {command} " in out
-        assert mimoq(command, "--help")[0] == 0 if command not in ("worker", "simulator") else True
+        assert mimoq(command, "--help")[0] == 0 if command in own else True
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_fault_of_our_own_shows_itself(mimoq: Mimoq, monkeypatch: pytest.Monke
     def fail(**_: Any) -> NoReturn:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_settings", fail)
+    monkeypatch.setattr(cli, "effective", fail)
     with pytest.raises(ZeroDivisionError):
         mimoq("config")
 
@@ -111,7 +112,7 @@ def test_ctrl_c_before_anything_began(mimoq: Mimoq, monkeypatch: pytest.MonkeyPa
     def interrupt(**_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_settings", interrupt)
+    monkeypatch.setattr(cli, "effective", interrupt)
     assert mimoq("config") == (130, "", "")
 
 

@@ -17,7 +17,7 @@ from jobs.states import BatchState, JobState
 from ops import docs
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("jobs", "producers", "worker", "ops", "tests", "docs", "examples", ".ci")
+FOLDERS = ("jobs", "producers", "api", "worker", "ops", "tests", "docs", "examples", ".ci")
 GENERATED = {"__pycache__"}
 
 

@@ -1,0 +1,1 @@
+"""The HTTP door: native jobs and batches, waiting calls, webhooks, metrics."""

@@ -1,0 +1,65 @@
+"""Bodies of requests: read within bounds, decoded into shapes; what is wrong is said without repeating any of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from api.problems import Problem
+
+T = TypeVar("T")
+
+
+async def chunks(request: Request, most: int) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises a `Problem` when it is longer than `most` bytes, encoded, or cut."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem(415, "encoded_body", "send the body without a Content-Encoding")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise _too_large(most)
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most:
+                raise _too_large(most)
+            if chunk:
+                yield chunk
+    except ClientDisconnect:  # nobody hears it any more
+        raise Problem(400, "cut", "the body ended too early") from None
+
+
+async def read(request: Request, most: int) -> bytes:
+    """The whole body."""
+    return b"".join([chunk async for chunk in chunks(request, most)])
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """What a body holds. Raises a `Problem`: 400 where it is no JSON, 422 where it is not what it should be."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise Problem(422, "invalid", _words(str(error))) from None
+    except RecursionError:
+        raise Problem(400, "not_json", "the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
+        hint = "; it holds NUL bytes" if b"\0" in body else ""
+        raise Problem(400, "not_json", f"the body is not JSON in UTF-8{hint}") from None
+
+
+def _words(message: str) -> str:
+    """A decoder's message, without a value that it may quote."""
+    if message.startswith("Invalid enum value"):
+        return "not one of the allowed values" + (
+            f" - at {message.rpartition(' - at ')[2]}" if " - at " in message else ""
+        )
+    if message.startswith("Object contains unknown field"):
+        return f"{message[:120]}; see /docs for what there is"
+    return message
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, "too_large", f"the body has over {most:,} bytes")

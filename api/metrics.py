@@ -1,0 +1,200 @@
+"""`/metrics`: the totals of all processes, the state of the store, and what this API process has counted itself.
+
+What goes wrong: the store does not answer within two seconds. Then `mimoq_store_up` is 0, of the store there is nothing,
+and what this process knows of itself is told all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from jobs import keys
+from jobs.connections import redis_errors
+from jobs.errors import MimoqError
+from jobs.exposition import families, process, render
+from jobs.limits import all_limits
+from jobs.metrics import (
+    DELIVERIES,
+    GATE_PROBE,
+    GATE_SHUT,
+    HTTP_REQUESTS,
+    HTTP_TIME,
+    IN_FLIGHT,
+    JOBS,
+    LIMIT_ALLOWED,
+    LIMIT_USED,
+    LIMIT_UTILISATION,
+    OLDEST_READY,
+    OPEN_BATCHES,
+    OPEN_BATCHES_READ,
+    READY_JOBS,
+    STORE_UP,
+    WEBHOOKS_DEAD,
+    WEBHOOKS_PENDING,
+    WORKERS,
+    Metric,
+)
+from jobs.scripts import Script
+from jobs.settings import Settings
+from jobs.tally import Cell, Names, Tally, totals
+from jobs.workers import live_workers
+
+if TYPE_CHECKING:
+    import redis
+
+#: Seconds that a look at the store serves every scrape.
+CACHED_S = 1.0
+#: Seconds a scrape waits for the store.
+PATIENCE_S = 2.0
+#: Open batches that are looked at, the oldest first, and of these in one step: a script keeps everyone else waiting.
+BATCHES = 1_000
+STEP = 200
+
+_census = Script("census")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+log = structlog.get_logger("api.metrics")
+
+
+class Counts:
+    """What an API process counts."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def request(self, route: str | None, method: str, status: int, seconds: float) -> None:
+        """A request was answered; `route` is the template of its path, None where no route fits."""
+        template = route or "none"
+        self._tally.add(HTTP_REQUESTS, template, method if method in _METHODS else "other", str(status))
+        self._tally.observe(HTTP_TIME, seconds, template)
+
+    def delivery(self, result: str) -> None:
+        """An attempt to deliver a webhook: `delivered`, `failed` or `dead`."""
+        self._tally.add(DELIVERIES, result)
+
+
+class Scrapes:
+    """Answers scrapes of one API process, from looks at the store that are shared.
+
+    `client` is a sync client of the store, used in a thread.
+    """
+
+    def __init__(self, client: redis.Redis, settings: Settings, tally: Tally) -> None:
+        self._client = client
+        self._settings = settings
+        self._tally = tally
+        self._look: asyncio.Task[dict[Cell, float]] | None = None
+        self._began = 0.0
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The text and its content type; `accept` is the request's Accept header. Never fails for the store's sake."""
+        store = await self._store()
+        own = dict(self._tally.cells)
+        return await asyncio.to_thread(_text, store, own, accept)
+
+    async def _store(self) -> dict[Cell, float]:
+        """What the last look has found, if it is new enough, else what the next one does; one at a time."""
+        look = self._look
+        if look is None or (look.done() and time.monotonic() - self._began >= CACHED_S):
+            self._began = time.monotonic()
+            look = self._look = asyncio.create_task(asyncio.to_thread(self._read))
+        done, _ = await asyncio.wait([look], timeout=PATIENCE_S)
+        return look.result() if done else {(STORE_UP.name,): 0}
+
+    def _read(self) -> dict[Cell, float]:
+        try:
+            return read(self._client, self._settings)
+        except MimoqError as error:
+            log.warning("metrics_without_store", reason=str(error))
+            return {(STORE_UP.name,): 0}
+
+
+def _text(store: dict[Cell, float], own: dict[Cell, float], accept: str) -> tuple[bytes, str]:
+    return render([*families("store", store), *families("api", own), *process()], accept)
+
+
+def read(client: redis.Redis, settings: Settings) -> dict[Cell, float]:
+    """Every metric of the store, as cells. Raises `StoreUnavailable`."""
+    any_client: Any = client
+    with redis_errors():
+        pipe = any_client.pipeline(transaction=False)
+        pipe.time()
+        pipe.hgetall(keys.METRICS)
+        pipe.zcard(keys.OPEN)
+        pipe.zcard(keys.OUTBOX)
+        pipe.zcard(keys.DEAD)
+        (seconds, micros), raw, open_batches, pending, dead = pipe.execute()
+        now = seconds + micros / 1e6
+        cells = totals(raw)
+        cells |= {
+            (STORE_UP.name,): 1,
+            (OPEN_BATCHES.name,): open_batches,
+            (WEBHOOKS_PENDING.name,): pending,
+            (WEBHOOKS_DEAD.name,): dead,
+        }
+        cells |= _jobs(any_client, now)
+    cells |= _limits(client, settings, now)
+    serving = Counter(lane for worker in live_workers(client) for lane in worker.lanes)
+    cells |= {(WORKERS.name, lane): serving[lane] for lane in keys.LANES}
+    return cells
+
+
+def _jobs(client: Any, now: float) -> dict[Cell, float]:
+    """The figures of the oldest open batches."""
+    cells: dict[Cell, float] = {(OPEN_BATCHES_READ.name,): 0}
+    for lane in keys.LANES:
+        cells |= {(JOBS.name, state, lane): 0 for state in ("queued", "running")}
+        cells |= {(metric.name, lane): 0 for metric in (READY_JOBS, OLDEST_READY)}
+    for first in range(0, BATCHES, STEP):
+        most = min(STEP, BATCHES - first)
+        looked_at, *lanes = _census(client, [keys.PREFIX], [first, most])
+        cells[OPEN_BATCHES_READ.name,] += looked_at
+        for raw, queued, running, ready, oldest in lanes:
+            lane, age = raw.decode(), now - float(oldest or now)
+            cells[JOBS.name, "queued", lane] += queued
+            cells[JOBS.name, "running", lane] += running
+            cells[READY_JOBS.name, lane] += ready
+            cells[OLDEST_READY.name, lane] = max(cells[OLDEST_READY.name, lane], age)
+        if looked_at < most:
+            break
+    return cells
+
+
+def _limits(client: redis.Redis, settings: Settings, now: float) -> dict[Cell, float]:
+    """What several models share because their names are no labels is added up, but for the time of a probe."""
+    found, gates = all_limits(client, settings)
+    cells: dict[Cell, float] = {}
+    names = Names(settings.model)
+
+    def add(metric: Metric, amount: float, *labels: str) -> None:
+        cell = (metric.name, *labels)
+        cells[cell] = cells.get(cell, 0) + amount
+
+    for item in found:
+        who = item.account, names(item.model)
+        for lane, count in item.in_flight.items():
+            add(IN_FLIGHT, count, *who, lane)
+        for limit, level in item.limits.items():
+            add(LIMIT_USED, level.used, *who, limit)
+            if level.allowed is not None:
+                add(LIMIT_ALLOWED, level.allowed, *who, limit)
+        if item.gate is not None:
+            gates.append(item.gate)
+    for gate in gates:
+        model = "" if gate.model is None else names(gate.model)
+        cells[GATE_SHUT.name, gate.account, model, gate.reason] = 1
+        probe = (GATE_PROBE.name, gate.account, model)
+        cells[probe] = max(cells.get(probe, 0.0), gate.wait_s(now))
+    return cells | dict(_utilisations(cells))
+
+
+def _utilisations(cells: dict[Cell, float]) -> Iterator[tuple[Cell, float]]:
+    for (name, *labels), allowed in cells.items():
+        if name == LIMIT_ALLOWED.name and allowed > 0:
+            yield (LIMIT_UTILISATION.name, *labels), cells[LIMIT_USED.name, *labels] / allowed

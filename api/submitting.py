@@ -1,0 +1,53 @@
+"""From a submitted body to what the store is given: options checked, idempotency keys made into digests."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from api.auth import Caller
+from api.core import Core
+from api.outbound import check_url
+from api.problems import Problem
+from api.shapes import NewBatchOptions, NewJob
+from jobs.identity import key_identity
+from jobs.submission import NewBatch
+
+#: Characters of an idempotency key.
+KEY_CHARS = 255
+
+
+def new_batch(core: Core, caller: Caller, options: NewJob | NewBatchOptions, key: str | None, content: Any) -> NewBatch:
+    """What is made with these options; `content` is what must be the same when the idempotency key comes again.
+
+    Raises a `Problem`, or `UsageError` for an address that can't be called back.
+    """
+    if options.callback_url is not None:
+        check_url(options.callback_url, core.settings)
+    return NewBatch(
+        lane=options.lane,
+        label=core.label,
+        slice_size=core.settings.slice_size,
+        ttl_s=core.settings.result_ttl_s,
+        max_attempts=options.max_attempts,
+        deadline_s=options.deadline_s,
+        identity=identity_of(caller, key) if key is not None else "",
+        content=digest(content) if key is not None else "",
+        metadata=msgspec.json.encode(options.metadata).decode() if options.metadata else "",
+        tenant=caller.tenant,
+        callback=options.callback_url or "",
+    )
+
+
+def identity_of(caller: Caller, key: str) -> str:
+    """What an idempotency key of a tenant stands under."""
+    if not 1 <= len(key) <= KEY_CHARS:
+        raise Problem(400, "idempotency_key", f"Idempotency-Key: 1 to {KEY_CHARS} characters are allowed")
+    return key_identity(f"api\n{caller.tenant}\n{key}")
+
+
+def digest(content: Any) -> str:
+    """Of a decoded body: the order of its fields, and space between them, make no difference."""
+    return hashlib.blake2b(msgspec.json.encode(content, order="sorted"), digest_size=16).hexdigest()

@@ -1,0 +1,146 @@
+"""Looks at jobs as their submitters see them: several of any batches in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from jobs import keys
+from jobs.blocks import decode_block, decode_large
+from jobs.connections import redis_errors
+from jobs.requests import Request
+from jobs.results import Attempt, StoredResult, decode_result
+from jobs.scripts import Script
+from jobs.states import TERMINAL, JobState, job_id
+
+_look = Script("look")
+_decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
+
+
+class Wanted(NamedTuple):
+    """A job that somebody asks for: of which tenant, in which batch, at which place in it."""
+
+    tenant: str
+    batch_id: str
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobLook:
+    """One look at a job; times in unix seconds, `metadata` a JSON object or ''.
+
+    `stored` is its result once it has ended, None where none is kept; `attempts` are those so far, also of a job that has
+    not ended; `single` says that it was submitted alone.
+    """
+
+    job_id: str
+    batch_id: str
+    index: int
+    state: JobState
+    custom_id: str | None
+    endpoint: str
+    lane: str
+    metadata: str
+    callback: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    deadline_at: float | None
+    not_before: float | None
+    single: bool
+    attempts: list[Attempt] = field(repr=False)
+    stored: StoredResult | None = field(repr=False)
+
+
+def look(client: Any, results: Any, wanted: Sequence[Wanted]) -> list[JobLook | None]:
+    """The jobs, None where the tenant has no such job; `results` is the client of the Redis that holds results."""
+    if not wanted:
+        return []
+    arguments: list[Any] = []
+    for item in wanted:
+        arguments += item
+    with redis_errors():
+        replies = _look(client, [keys.PREFIX], arguments)
+        answers = _answers(client, results, wanted, replies)
+    return [
+        None if reply is None else _job(client, item, reply, answer)
+        for item, reply, answer in zip(wanted, replies, answers, strict=True)
+    ]
+
+
+def _answers(client: Any, results: Any, wanted: Sequence[Wanted], replies: list[Any]) -> list[bytes | None]:
+    """Stored results of those that have ended, from wherever they are kept."""
+    if results is client:
+        return [None if reply is None else reply[4] or None for reply in replies]
+    ended = [place for place, reply in enumerate(replies) if reply is not None and reply[0]]
+    answers: list[bytes | None] = [None] * len(replies)
+    if ended:
+        names = [keys.result(job_id(wanted[place].batch_id, wanted[place].place)) for place in ended]
+        for place, payload in zip(ended, results.mget(names), strict=True):
+            answers[place] = payload
+    return answers
+
+
+def _job(client: Any, item: Wanted, reply: list[Any], answer: bytes | None) -> JobLook:
+    byte, claimed, not_before, attempts, _, block, *fields = reply
+    (
+        total,
+        size,
+        lane,
+        closing,
+        created,
+        started,
+        finished,
+        deadline,
+        metadata,
+        callback,
+        endpoint,
+        custom_id,
+        single,
+    ) = fields
+    stored = decode_result(answer) if answer is not None else None
+    about = stored.mimoq if stored is not None else None
+    if byte:
+        state = TERMINAL[byte[0]]
+    elif claimed:
+        state = JobState.RUNNING
+    else:
+        state = TERMINAL[closing[0]] if closing else JobState.QUEUED
+    named = custom_id.decode() if custom_id else None
+    if not endpoint and about is not None and stored is not None and stored.status != "REVOKED":
+        endpoint, named = about.endpoint.encode(), about.custom_id
+    elif not endpoint and (request := _request(client, item, block, int(size))) is not None:
+        endpoint, named = request.endpoint.encode(), request.custom_id
+    return JobLook(
+        job_id=job_id(item.batch_id, item.place),
+        batch_id=item.batch_id,
+        index=item.place,
+        state=state,
+        custom_id=named,
+        endpoint=endpoint.decode(),
+        lane=lane.decode(),
+        metadata=metadata.decode(),
+        callback=callback.decode(),
+        created_at=float(created),
+        started_at=float(started) if started else None,
+        finished_at=float(finished) if finished and int(total) == 1 else None,
+        deadline_at=float(deadline) if deadline else None,
+        not_before=float(not_before) if not_before else None,
+        single=bool(single),
+        attempts=about.attempts if about is not None else _decode_attempts(attempts) if attempts else [],
+        stored=stored,
+    )
+
+
+def _request(client: Any, item: Wanted, block: bytes, size: int) -> Request | None:
+    if not block:
+        return None
+    found = decode_block(block)[item.place % size]
+    if found is None:  # a large one, which stands by itself
+        with redis_errors():
+            raw = client.hget(keys.requests(item.batch_id), f"r{item.place}")
+        found = decode_large(raw) if raw else None
+    return found

@@ -1,0 +1,37 @@
+-- Shared by the scripts that create batches; not a script of its own. Needs common.lua.
+
+-- What stands in the way of a new batch: {'exists', id} where a batch of this id or identity is there with this content,
+-- {'conflict', id} where it has another, nil where there is none. A batch of this very id is this submit, made again by
+-- somebody who does not know whether it arrived.
+local function there_before(id, identity, content)
+  for _, before in ipairs({id, identity ~= '' and redis.call('GET', prefix .. 'identity:' .. identity) or nil}) do
+    if redis.call('EXISTS', record(before)) == 1 then
+      return {redis.call('HGET', record(before), 'content') == content and 'exists' or 'conflict', before}
+    end
+  end
+end
+
+-- Makes the record of a batch whose requests lie where they belong, and lets it be found. `new` has id, lane, label, total,
+-- size, identity, content, ttl, tenant, deadline (seconds from now, '' for none), answered (states of jobs answered before,
+-- '' for none), succeeded and failed (how many of these), and further fields of the record in turn.
+local function create_batch(new)
+  local id, at = new.id, stamp(now())
+  if new.identity ~= '' then redis.call('SET', prefix .. 'identity:' .. new.identity, id) end
+  redis.call('HSET', record(id), 'state', 'running', 'lane', new.lane, 'label', new.label, 'total', new.total,
+    'size', new.size, 'identity', new.identity, 'content', new.content, 'ttl', new.ttl, 'tenant', new.tenant, 'cursor', 0,
+    'created_at', at, 'closing', '', 'swept', 0, 'succeeded', new.succeeded, 'failed', new.failed, 'cancelled', 0,
+    'expired', 0, 'answered', new.succeeded + new.failed, 'attempts', 0, 'prompt_tokens', 0, 'completion_tokens', 0,
+    'reasoning_tokens', 0, 'cached_tokens', 0, 'total_tokens', 0, 'late_answers', 0)
+  if #new.further > 0 then redis.call('HSET', record(id), unpack(new.further)) end
+  if new.answered ~= '' then redis.call('SET', of(id, 'states'), new.answered) end
+  redis.call('ZADD', prefix .. 'batches', at, id)
+  redis.call('SADD', prefix .. 'tenants', new.tenant)
+  redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':batches', at, id)
+  redis.call('ZADD', prefix .. 'open', at, id)
+  if new.deadline ~= '' then
+    local deadline = stamp(now() + tonumber(new.deadline))
+    redis.call('ZADD', prefix .. 'deadlines', deadline, id)
+    redis.call('HSET', record(id), 'deadline_at', deadline)
+  end
+  if not close_if_over(id) then wake(id) end
+end

@@ -1,0 +1,216 @@
+"""Every metric mimoq exports; no other module names one, and docs/metrics.md is made from here.
+
+What is counted (counters, histograms) happens in a process: a worker or the API. Each exports its own counts, workers under
+`mimoq_worker_`, the API under `mimoq_api_`, and reports them to the store once a second, from where the API exports the
+totals of all processes, ended ones too, under `mimoq_`. What is looked at (gauges) a process says of itself, or the API
+reads it from the store.
+
+No label holds a prompt, an answer, a key or free text: `jobs.tally.Names` says what gets through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["worker", "api", "store"]
+Door = Literal["worker", "api"]
+
+#: What the names of a source's metrics begin with; those of the store are the totals.
+PREFIXES: dict[Source, str] = {"worker": "mimoq_worker_", "api": "mimoq_api_", "store": "mimoq_"}
+
+#: Seconds at which the buckets of a call's time end, of the wait for one, and of an HTTP request.
+CALL_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+HTTP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table: its name without a prefix, and who knows its value.
+
+    `buckets` are the upper ends of a histogram's, in seconds, without the last, which has none.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    sources: tuple[Source, ...]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether it only ever grows, so that the counts of processes add up to a total."""
+        return self.kind != "gauge"
+
+    def exported(self) -> dict[str, Door]:
+        """Its whole names, each with the door it is exported at: a worker's own port, or `/metrics` of the API."""
+        names: dict[str, Door] = {}
+        for source in self.sources:
+            names[PREFIXES[source] + self.name] = "worker" if source == "worker" else "api"
+        if self.counted:
+            names[PREFIXES["store"] + self.name] = "api"
+        return names
+
+
+WORKER: tuple[Source, ...] = ("worker",)
+API: tuple[Source, ...] = ("api",)
+STORE: tuple[Source, ...] = ("store",)
+BOTH: tuple[Source, ...] = ("worker", "store")
+
+# -- jobs
+
+JOBS_ENDED = Metric(
+    "jobs_ended_total",
+    "counter",
+    WORKER,
+    "Jobs that have ended, by how; of those cancelled or expired endpoint and model are empty.",
+    ("state", "lane", "endpoint", "model"),
+)
+JOBS = Metric(
+    "jobs",
+    "gauge",
+    STORE,
+    "Jobs of open batches at present: queued or running (held by a worker). Of the oldest 1,000 open batches.",
+    ("state", "lane"),
+)
+READY_JOBS = Metric(
+    "ready_jobs",
+    "gauge",
+    STORE,
+    "Depth of the queue: jobs that any worker may claim now. Not those of paused batches or before their retry.",
+    ("lane",),
+)
+OLDEST_READY = Metric(
+    "oldest_ready_job_age_seconds",
+    "gauge",
+    STORE,
+    "Time since the submit of the oldest job that any worker may claim now; 0 when there is none.",
+    ("lane",),
+)
+OPEN_BATCHES = Metric("open_batches", "gauge", STORE, "Batches that have not finished.")
+OPEN_BATCHES_READ = Metric(
+    "open_batches_read", "gauge", STORE, "Those of them that were looked at for the figures of jobs: the oldest 1,000."
+)
+HELD_JOBS = Metric("held_jobs", "gauge", WORKER, "Jobs that this worker holds, waiting or in flight.")
+
+# -- calls of the upstream
+
+CALLS = Metric(
+    "calls_total",
+    "counter",
+    WORKER,
+    "Calls of the upstream, by HTTP status (`none`: no response came) and verdict (docs/retries.md).",
+    ("endpoint", "model", "status", "verdict"),
+)
+CALL_TIME = Metric(
+    "call_seconds", "histogram", WORKER, "How long calls took, to the last byte.", ("endpoint", "model"), CALL_S
+)
+SLOT_TIME = Metric(
+    "time_to_slot_seconds",
+    "histogram",
+    WORKER,
+    "From when a job was ready to be called, in a worker, until its call started: the wait for limiter and room.",
+    ("lane",),
+    WAIT_S,
+)
+TOKENS = Metric(
+    "tokens_total",
+    "counter",
+    WORKER,
+    "Tokens the upstream has billed, by kind: prompt, completion, reasoning (part of completion), cached (part of prompt).",
+    ("kind", "model"),
+)
+RETRIES = Metric(
+    "retries_total", "counter", WORKER, "Jobs that are to be called again, by the verdict that led to it.", ("verdict",)
+)
+IN_FLIGHT = Metric(
+    "in_flight",
+    "gauge",
+    BOTH,
+    "Calls in flight: reservations held at the limiter.",
+    ("account", "model", "lane"),
+)
+
+# -- limiter and gates
+
+LIMIT_USED = Metric(
+    "limit_used",
+    "gauge",
+    STORE,
+    "What is used of a limit: requests and tokens started in the last minute, calls in flight (concurrency).",
+    ("account", "model", "limit"),
+)
+LIMIT_ALLOWED = Metric(
+    "limit_allowed",
+    "gauge",
+    STORE,
+    "What is allowed: the least of the API's own settings and what was told or learned; of concurrency also the window.",
+    ("account", "model", "limit"),
+)
+LIMIT_UTILISATION = Metric(
+    "limit_utilisation",
+    "gauge",
+    STORE,
+    "Used by allowed: 1 is all of it; absent where there is no limit.",
+    ("account", "model", "limit"),
+)
+GATE_SHUT = Metric(
+    "gate_shut",
+    "gauge",
+    STORE,
+    "1 while a gate is shut, with its reason; absent while it is open. An empty model: the whole account.",
+    ("account", "model", "reason"),
+)
+GATE_PROBE = Metric(
+    "gate_probe_seconds",
+    "gauge",
+    STORE,
+    "Time until one call tries a shut gate.",
+    ("account", "model"),
+)
+
+# -- workers and the store
+
+STORE_UP = Metric("store_up", "gauge", BOTH, "1 while the store answers this process, else 0.")
+WORKERS = Metric("workers", "gauge", STORE, "Live workers, by the lane they serve.", ("lane",))
+LEASE_LOSSES = Metric(
+    "lease_losses_total", "counter", WORKER, "Jobs held by a worker whose lease had become somebody else's."
+)
+LATE_ANSWERS = Metric("late_answers_total", "counter", WORKER, "Answers to jobs that had ended otherwise meanwhile.")
+FENCED_ENDS = Metric(
+    "fenced_ends_total", "counter", WORKER, "Ends of jobs that were not taken, because the lease was somebody else's."
+)
+REAPER_ACTIONS = Metric(
+    "reaper_actions_total",
+    "counter",
+    WORKER,
+    "What reapers did: jobs_taken_back from dead workers, batches_woken for a due retry, jobs_found_lost, rings.",
+    ("action",),
+)
+
+# -- the API
+
+HTTP_REQUESTS = Metric(
+    "http_requests_total",
+    "counter",
+    API,
+    "HTTP requests that have been answered, by the template of their route (`none`: there is no such route).",
+    ("route", "method", "status"),
+)
+HTTP_TIME = Metric(
+    "http_request_seconds", "histogram", API, "How long HTTP requests took, waiting ones too.", ("route",), HTTP_S
+)
+DELIVERIES = Metric(
+    "webhook_deliveries_total",
+    "counter",
+    API,
+    "Attempts to deliver a webhook: delivered, failed (tried again later), dead (given up).",
+    ("result",),
+)
+WEBHOOKS_PENDING = Metric("webhooks_pending", "gauge", STORE, "Webhooks that are still to be delivered.")
+WEBHOOKS_DEAD = Metric("webhooks_dead", "gauge", STORE, "Webhooks that were given up and are kept for a month.")
+
+TABLE = tuple(value for value in list(vars().values()) if isinstance(value, Metric))
+BY_NAME = {metric.name: metric for metric in TABLE}
