@@ -6,7 +6,7 @@ TEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench bench-limits format lock docs clean
+.PHONY: help setup demo test check chaos bench bench-api bench-limits format lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ chaos: setup ## harm everything for MINUTES=2 by SEED=..., or KILLS=100 workers,
 
 bench: setup ## a run beside a bare loop, as a ratio (about a minute)
 	@$(BIN)/python -m ops.bench.run
+
+bench-api: setup ## what one API process takes, adds to a call, and what waiting costs (about four minutes)
+	@$(BIN)/python -m ops.bench.api
 
 bench-limits: setup ## how far limits are used and faults survived, a table each (about ten minutes)
 	@$(BIN)/python -m ops.bench.limits

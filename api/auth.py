@@ -93,8 +93,8 @@ class Auth:
 
     async def _fetch(self, token_id: str) -> Token | None:
         token = await self._threads.call(lambda store: store.patience.call(tokens.find, store.client, token_id))
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
+        if len(self._known) >= REMEMBERED:  # most of them made up
+            self._known = {known: entry for known, entry in self._known.items() if entry[1] is not None}
         self._known[token_id] = (time.monotonic(), token)
         return token
 

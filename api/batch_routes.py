@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from api import bodies, progress, submitting, uploads
 from api.job_routes import Key
 from api.problems import Problem, not_found
-from api.routing import After, Limit, answer, caller_of, core_of, gives, problems, ref
+from api.routing import After, Limit, Route, answer, caller_of, core_of, gives, problems, ref
 from api.shapes import MOST_DEADLINE_S, BatchList, Endpoint, Lane, NewBatchBody, NewBatchOptions
 from api.views import batch_view
 from jobs.errors import NotFound
@@ -27,7 +27,17 @@ CANCEL_STEPS = 10
 #: What proxies are told of a stream: neither to keep it nor to hold it back.
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-router = APIRouter(prefix="/v1/job-batches", tags=["batches"])
+#: One event of its progress, as documented.
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["progress", "finished"]},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": ref("Progress")},
+    },
+    "required": ["event", "data"],
+}
+
+router = APIRouter(prefix="/v1/job-batches", tags=["batches"], route_class=Route)
 
 _inline = msgspec.json.Decoder(NewBatchBody)
 _anything = msgspec.json.Decoder()
@@ -58,7 +68,7 @@ _TAKES: dict[str, Any] = {
     responses={
         200: gives("This idempotency key's batch.", "Batch", Location="Its address."),
         202: gives("It is in the store and will be called.", "Batch", Location="Its address."),
-        **problems(400, 409, 413, 415, 507),
+        **problems(400, 408, 409, 413, 415, 507),
     },
 )
 async def submit_batch(
@@ -220,7 +230,7 @@ async def get_results(
     responses={
         200: {
             "description": "Server-sent events `progress` and, at last, `finished`; each holds a `Progress`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": EVENT}},
         },
         **problems(404),
     },

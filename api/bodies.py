@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
@@ -9,6 +10,9 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from api.problems import Problem
+
+#: Seconds that a body may stand still.
+CHUNK_S = 30.0
 
 T = TypeVar("T")
 
@@ -21,8 +25,9 @@ async def chunks(request: Request, most: int) -> AsyncIterator[bytes]:
     if declared.isdecimal() and int(declared) > most:
         raise _too_large(most)
     size = 0
+    stream = aiter(request.stream())
     try:
-        async for chunk in request.stream():
+        while (chunk := await _next(stream)) is not None:
             size += len(chunk)
             if size > most:
                 raise _too_large(most)
@@ -30,6 +35,15 @@ async def chunks(request: Request, most: int) -> AsyncIterator[bytes]:
                 yield chunk
     except ClientDisconnect:  # nobody hears it any more
         raise Problem(400, "cut", "the body ended too early") from None
+
+
+async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
+    """The next chunk, None after the last. Raises a `Problem` when it does not come."""
+    try:
+        async with asyncio.timeout(CHUNK_S):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise Problem(408, "too_slow", f"of the body nothing has come for {CHUNK_S:g} s") from None
 
 
 async def read(request: Request, most: int) -> bytes:

@@ -22,10 +22,10 @@ from api import bodies, replay
 from api.auth import Caller
 from api.core import Core
 from api.problems import Problem, problem_of, protocol_of
-from api.routing import caller_of, core_of, takes
-from api.submitting import identity_of
+from api.routing import Route, caller_of, core_of, takes
+from api.submitting import KEY_BOUNDS, identity_of
 from jobs import joins
-from jobs.errors import InvalidRequest, MimoqError
+from jobs.errors import Conflict, InvalidRequest, MimoqError
 from jobs.looks import JobLook
 from jobs.requests import CHAT, MESSAGES, parse_body
 from jobs.results import NO_BODY_JSON
@@ -46,7 +46,7 @@ BLOCK_BYTES = 65_536
 FINAL = {"x-should-retry": "false"}
 JOB_HEADER = "x-mimoq-job-id"
 
-router = APIRouter(tags=["calls"])
+router = APIRouter(tags=["calls"], route_class=Route)
 
 
 class Asked(msgspec.Struct):
@@ -62,13 +62,14 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 def _documented(shape: str, response: str, error: str) -> dict[str, Any]:
     """How a waiting call is documented."""
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     one = {"schema": {"type": "object", "description": response}}
     failed = {"description": error, "content": {"application/json": {"schema": {"type": "object"}}}}
     answers: dict[str, Any] = {
         "200": {
             "description": "The upstream's response as it came, or its stream.",
             "headers": {JOB_HEADER: {"description": "The job.", "schema": {"type": "string"}}},
-            "content": {"application/json": one, "text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"application/json": one, "text/event-stream": {"schema": event}},
         },
         "4XX": failed,
         "5XX": failed,
@@ -76,7 +77,14 @@ def _documented(shape: str, response: str, error: str) -> dict[str, Any]:
     return {"openapi_extra": {**takes(shape), "responses": answers}, "response_class": Response}
 
 
-Key = Annotated[str | None, Header(alias="Idempotency-Key", description="The same key and body wait for the same job.")]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="The same key and body wait for the same job.",
+        json_schema_extra=KEY_BOUNDS,
+    ),
+]
 Retry = Annotated[
     str | None,
     Header(alias="x-stainless-retry-count", description="Over 0: this call was made before; it joins its job."),
@@ -122,7 +130,10 @@ async def _call(request: Request, endpoint: str, key: str | None, retry: str | N
             tenant=caller.tenant,
         )
         join_s = math.ceil(core.settings.sync_timeout_s) + JOIN_S
-        batch_id = (await core.submit(Single(new, made, digest, join_s))).batch_id
+        try:
+            batch_id = (await core.submit(Single(new, made, digest, join_s))).batch_id
+        except Conflict as error:
+            raise Problem(409, "conflict", str(error), headers=FINAL) from None
     return WaitingCall(core, caller, batch_id, digest, endpoint, asked)
 
 
@@ -153,7 +164,7 @@ class WaitingCall(Response):
                     await self._stream(look, gone, send)
                 elif look.done():
                     await self._whole(look.result(), scope["request_id"])(scope, receive, send)
-                answered = look.done() and look.result().state.terminal and not gone.done()
+                answered = _terminal(look) and not gone.done()
             finally:
                 look.cancel()
                 gone.cancel()
@@ -232,6 +243,11 @@ class WaitingCall(Response):
 
 def _succeeded(look: JobLook) -> bool:
     return look.stored is not None and look.stored.status == "SUCCESS"
+
+
+def _terminal(look: asyncio.Task[JobLook]) -> bool:
+    """Whether a look has found that the job has ended."""
+    return look.done() and not look.cancelled() and look.exception() is None and look.result().state.terminal
 
 
 def _upstream_error(look: JobLook) -> tuple[int, bytes] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -37,6 +38,9 @@ COMMIT_WINDOW_S = 0.005
 #: And of looks, which wait only for those before them.
 LOOK_WINDOW_S = 0.0
 
+#: Batches that are read at once, as lines (each waits for its sender most of the time) and inline.
+UPLOADS = 32
+INLINE = 4
 #: Seconds between two looks after an embedded server.
 SERVER_S = 1.0
 #: Seconds between two cancellations of a task that has to end.
@@ -54,7 +58,9 @@ class Core:
         self.connection = Connection(settings, lambda line: log.warning("store_away", reason=line))
         self.threads = StoreThreads(self.connection, "api")
         self.checks = StoreThreads(self.connection, "check", 2)
-        self.uploads = StoreThreads(self.connection, "upload")
+        self.uploads = StoreThreads(self.connection, "upload", UPLOADS)
+        self.inline = StoreThreads(self.connection, "inline", INLINE)
+        self.uploading: Counter[str] = Counter()  # by tenant
         self._commit_thread = StoreThreads(self.connection, "commit", 1)
         self._look_thread = StoreThreads(self.connection, "look", 1)
         self._commits: Groups[Single, Enlisted] = Groups(self._commit_thread, self._commit, COMMIT_WINDOW_S)
@@ -83,7 +89,14 @@ class Core:
         async with AsyncExitStack() as stack:
             stack.callback(self.connection.close)
             stack.push_async_callback(self.client.aclose, close_connection_pool=True)
-            for threads in (self.threads, self.checks, self.uploads, self._commit_thread, self._look_thread):
+            for threads in (
+                self.threads,
+                self.checks,
+                self.uploads,
+                self.inline,
+                self._commit_thread,
+                self._look_thread,
+            ):
                 stack.callback(threads.close)
             await stack.enter_async_context(self.outbound)
             self.ringer.start()

@@ -6,6 +6,7 @@ wrong into an answer in the shape of the protocol that was called. Every path ne
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class Door:
         self._auth = auth
         self._rates = rates
         self._observe = observe
+        self._ids = secrets.token_hex(8)  # of this process; chance for each request would be a system call for each
+        self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
@@ -49,7 +52,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id = f"req_{self._ids}{next(self._numbers):08x}"
         scope["request_id"] = request_id
         status, whole = 0, False
 

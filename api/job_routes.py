@@ -11,8 +11,9 @@ from api import bodies, submitting
 from api.auth import Caller
 from api.core import Core
 from api.problems import Problem, not_found
-from api.routing import After, Limit, Wait, answer, caller_of, core_of, gives, problems, takes
+from api.routing import After, Limit, Route, Wait, answer, caller_of, core_of, gives, problems, takes
 from api.shapes import JobList, NewJob, State
+from api.submitting import KEY_BOUNDS
 from api.views import job_view
 from jobs.errors import NotFound
 from jobs.looks import JobLook
@@ -22,7 +23,7 @@ from jobs.singles import Single, queued
 from jobs.states import JobState, job_id
 from producers.producer import cancel
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 
 _new_job = msgspec.json.Decoder(NewJob)
 _anything = msgspec.json.Decoder()
@@ -32,6 +33,7 @@ Key = Annotated[
     Header(
         alias="Idempotency-Key",
         description="The same key with the same body gives the same job, for as long as it is kept.",
+        json_schema_extra=KEY_BOUNDS,
     ),
 ]
 
@@ -49,7 +51,7 @@ Key = Annotated[
             Location="Its address.",
         ),
         202: gives("It is in the store and will be called.", "Job", Location="Its address."),
-        **problems(400, 409, 413, 415, 507),
+        **problems(400, 408, 409, 413, 415, 507),
     },
 )
 async def submit_job(request: Request, wait: Wait = 0.0, key: Key = None) -> Response:

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from api.core import Core
-from api.routing import answer, core_of, gives
+from api.routing import Route, answer, core_of, gives
 from api.shapes import Health
 from jobs.connections import check_schema
 from jobs.errors import MimoqError
@@ -15,7 +15,7 @@ from jobs.errors import MimoqError
 #: Seconds that an answer is waited for.
 CHECK_S = 5.0
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=Route)
 
 
 @router.get(
@@ -24,7 +24,7 @@ router = APIRouter(tags=["operations"])
     summary="Whether this process serves",
     responses={200: gives("It does.", "Health")},
 )
-async def healthz() -> Response:
+async def healthz(request: Request) -> Response:
     """Looks at nothing but itself."""
     return answer(Health("ok", {"process": "ok"}))
 

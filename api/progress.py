@@ -94,11 +94,17 @@ def _block(core: Core, store: Store, caller: Caller, batch_id: str, start: int) 
     wanted = [Wanted(caller.tenant, batch_id, index) for index in last]
     looks = store.patience.call(look, store.client, store.results_client, wanted)
     lines = [
-        encode(job_view(found, core.settings, cursor=cursor)).replace(b"\n", b" ").replace(b"\r", b" ") + b"\n"
+        _line(encode(job_view(found, core.settings, cursor=cursor)))
         for found, cursor in zip(looks, last.values(), strict=True)
         if found is not None and found.state.terminal
     ]
     return b"".join(lines), len(indexes)
+
+
+def _line(raw: bytes) -> bytes:
+    """JSON on one line, for those too who cut lines where Unicode does: in JSON these stand in strings alone."""
+    raw = raw.replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\xc2\x85", b"\\u0085")
+    return raw.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029") + b"\n"
 
 
 # -- progress
@@ -146,7 +152,7 @@ def _progress(core: Core, store: Store, batch_id: str) -> tuple[BatchStatus, lis
     status = store.status(batch_id)
     if status.state is BatchState.PAUSED:
         return status, [status.reason or "paused"]
-    if status.state is not BatchState.RUNNING or not status.queued:
+    if status.state is not BatchState.RUNNING:  # one that runs may have all its jobs held, and nobody who calls them
         return status, []
     labels = {status.label, core.label} if status.label else None
     workers = [

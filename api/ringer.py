@@ -12,7 +12,7 @@ import time
 from producers.connection import Connection
 
 #: Seconds between two rings of a busy time.
-WINDOW_S = 0.01
+WINDOW_S = 0.02
 
 
 class Ringer:

@@ -39,11 +39,19 @@ Callback = Annotated[
     Meta(
         max_length=2048,
         description="An https address that is told of the end, signed after Standard Webhooks.",
-        extra_json_schema={"format": "uri"},
+        extra_json_schema={"format": "uri", "pattern": "^https?://"},
     ),
 ]
 Attempts = Annotated[int, Meta(ge=1, le=1000, description="Attempts of one job before it fails.")]
-CustomId = Annotated[str, Meta(min_length=1, max_length=MAX_CUSTOM_ID, description="An id of your own, on one line.")]
+CustomId = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_CUSTOM_ID,
+        description="An id of your own, on one line.",
+        extra_json_schema={"pattern": r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"},
+    ),
+]
 Body = Annotated[Raw, Meta(description="The body of a call, sent upstream as it is; checked by the endpoint's rules.")]
 
 

@@ -17,6 +17,8 @@ from jobs.submission import NewBatch
 
 #: Characters of an idempotency key.
 KEY_CHARS = 255
+#: How that is documented; it is checked here, so that the answer is 400 as in other protocols.
+KEY_BOUNDS: dict[str, Any] = {"minLength": 1, "maxLength": KEY_CHARS}
 
 
 def new_batch(core: Core, caller: Caller, options: NewJob | NewBatchOptions, key: str | None, content: Any) -> NewBatch:

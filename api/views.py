@@ -42,9 +42,7 @@ def job_view(look: JobLook, settings: Settings, *, answer: bool = True, cursor: 
         metadata=_metadata.decode(look.metadata) if look.metadata else {},
         callback_url=look.callback or None,
         created_at=look.created_at,
-        ended_at=((stored.ended_at if stored is not None else None) or look.finished_at)
-        if look.state.terminal
-        else None,
+        ended_at=look.ended_at,
         deadline_at=look.deadline_at,
         not_before=look.not_before,
         attempts=look.attempts,

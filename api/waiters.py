@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from jobs import keys
 
 #: Seconds after which a waiter looks without having been told.
-LOOK_S = 20.0
+LOOK_S = 120.0
 #: Seconds between two attempts on a store that is away.
 RETRY_S = 0.25
 #: Seconds that one read waits, so that a connection that has died unheard is noticed.

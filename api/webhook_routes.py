@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from api.problems import Problem, not_found
-from api.routing import After, Limit, answer, caller_of, core_of, gives, problems
+from api.routing import After, Limit, Route, answer, caller_of, core_of, gives, problems
 from api.shapes import Delivery, DeliveryList, WebhookSecret
 from jobs import outbox
 from jobs.connections import redis_errors
 from jobs.errors import NotFound
 
-router = APIRouter(prefix="/v1", tags=["webhooks"])
+router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=Route)
 
 
 @router.get(

@@ -31,7 +31,7 @@ class Wire(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._in_head = True
+        self._in_head = False  # whether a head has begun and is not whole
         self._moved = False  # whether these bytes were of some use: a whole head, or body
         self._stuck = 0  # bytes that were of none, in a row
         self._heard_out: int | None = None  # bytes that came after a refusal
@@ -65,7 +65,7 @@ class Wire(HttpToolsProtocol):
             if self._stuck > HEAD_BYTES:
                 self._refuse(Problem(431, "headers_too_large", f"the headers have over {HEAD_BYTES:,} bytes in all"))
                 return
-        if self._in_head and self._timer is None and not self.transport.is_closing():
+        if (self._in_head or not self._moved) and self._timer is None and not self.transport.is_closing():
             self._timer = self.loop.call_later(HEAD_S, self._too_slow)
 
     def on_message_begin(self) -> None:
@@ -100,9 +100,9 @@ class Wire(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self._stuck:
+        if self._in_head:
             self._refuse(Problem(408, "too_slow", f"the headers did not come within {HEAD_S:g} s"))
-        else:
+        elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:

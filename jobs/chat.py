@@ -83,6 +83,16 @@ class Message(Shape):
 
 
 class AssistantMessage(Shape):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+                {"required": ["reasoning_content"], "properties": {"reasoning_content": {"type": "string"}}},
+            ]
+        }
+    )
+
     role: Literal["assistant"] = Field(description="`assistant`.")
     content: Content | None = Field(
         None, description="As of any message; null or left out only beside `tool_calls` or `reasoning_content`."

@@ -16,6 +16,22 @@ from jobs.results import Attempt, StoredResult, decode_result
 from jobs.scripts import Script
 from jobs.states import TERMINAL, JobState, job_id
 
+#: What look.lua tells of the record, '' for what it has not.
+FIELDS = (
+    "size",
+    "lane",
+    "closing",
+    "closing_at",
+    "created_at",
+    "finished_at",
+    "deadline_at",
+    "metadata",
+    "callback",
+    "endpoint",
+    "custom_id",
+    "single",
+)
+
 _look = Script("look")
 _decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
 
@@ -46,8 +62,7 @@ class JobLook:
     metadata: str
     callback: str
     created_at: float
-    started_at: float | None
-    finished_at: float | None
+    ended_at: float | None
     deadline_at: float | None
     not_before: float | None
     single: bool
@@ -59,7 +74,7 @@ def look(client: Any, results: Any, wanted: Sequence[Wanted]) -> list[JobLook | 
     """The jobs, None where the tenant has no such job; `results` is the client of the Redis that holds results."""
     if not wanted:
         return []
-    arguments: list[Any] = []
+    arguments: list[Any] = [len(FIELDS), *FIELDS]
     for item in wanted:
         arguments += item
     with redis_errors():
@@ -85,22 +100,8 @@ def _answers(client: Any, results: Any, wanted: Sequence[Wanted], replies: list[
 
 
 def _job(client: Any, item: Wanted, reply: list[Any], answer: bytes | None) -> JobLook:
-    byte, claimed, not_before, attempts, _, block, *fields = reply
-    (
-        total,
-        size,
-        lane,
-        closing,
-        created,
-        started,
-        finished,
-        deadline,
-        metadata,
-        callback,
-        endpoint,
-        custom_id,
-        single,
-    ) = fields
+    byte, claimed, not_before, attempts, _, block, *values = reply
+    record = dict(zip(FIELDS, (value.decode() for value in values), strict=True))
     stored = decode_result(answer) if answer is not None else None
     about = stored.mimoq if stored is not None else None
     if byte:
@@ -108,31 +109,39 @@ def _job(client: Any, item: Wanted, reply: list[Any], answer: bytes | None) -> J
     elif claimed:
         state = JobState.RUNNING
     else:
-        state = TERMINAL[closing[0]] if closing else JobState.QUEUED
-    named = custom_id.decode() if custom_id else None
+        # What nobody holds of a closing batch has ended with it, written down or not.
+        state = TERMINAL[ord(record["closing"])] if record["closing"] else JobState.QUEUED
+    endpoint, custom_id = record["endpoint"], record["custom_id"] or None
     if not endpoint and about is not None and stored is not None and stored.status != "REVOKED":
-        endpoint, named = about.endpoint.encode(), about.custom_id
-    elif not endpoint and (request := _request(client, item, block, int(size))) is not None:
-        endpoint, named = request.endpoint.encode(), request.custom_id
+        endpoint, custom_id = about.endpoint, about.custom_id
+    elif not endpoint and (request := _request(client, item, block, int(record["size"]))) is not None:
+        endpoint, custom_id = request.endpoint, request.custom_id
     return JobLook(
         job_id=job_id(item.batch_id, item.place),
         batch_id=item.batch_id,
         index=item.place,
         state=state,
-        custom_id=named,
-        endpoint=endpoint.decode(),
-        lane=lane.decode(),
-        metadata=metadata.decode(),
-        callback=callback.decode(),
-        created_at=float(created),
-        started_at=float(started) if started else None,
-        finished_at=float(finished) if finished and int(total) == 1 else None,
-        deadline_at=float(deadline) if deadline else None,
+        custom_id=custom_id,
+        endpoint=endpoint,
+        lane=record["lane"],
+        metadata=record["metadata"],
+        callback=record["callback"],
+        created_at=float(record["created_at"]),
+        ended_at=_ended_at(state, stored, record["closing_at"] or record["finished_at"]),
+        deadline_at=float(record["deadline_at"]) if record["deadline_at"] else None,
         not_before=float(not_before) if not_before else None,
-        single=bool(single),
+        single=bool(record["single"]),
         attempts=about.attempts if about is not None else _decode_attempts(attempts) if attempts else [],
         stored=stored,
     )
+
+
+def _ended_at(state: JobState, stored: StoredResult | None, otherwise: str) -> float | None:
+    """When a job ended; what was cancelled or has expired ended with its batch's closing, whenever that is written down."""
+    if not state.terminal:
+        return None
+    told = stored.ended_at if stored is not None else None
+    return told if told is not None else float(otherwise) if otherwise else None
 
 
 def _request(client: Any, item: Wanted, block: bytes, size: int) -> Request | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.chat import (
@@ -30,6 +30,15 @@ class Turn(Shape):
 
 
 class MessagesTool(Shape):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["input_schema"], "properties": {"input_schema": {"type": "object"}}},
+                {"required": ["type"], "properties": {"type": {"type": "string", "not": {"const": "custom"}}}},
+            ]
+        }
+    )
+
     name: Annotated[str, Field(min_length=1, max_length=128)] = Field(description="1 to 128 characters.")
     type: str | None = Field(None, description="`custom` unless given; others are the server's own tools.")
     description: str | None = Field(None, description="What it does, a string.")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jobs import keys
 from jobs.blocks import encode_blocks
 from jobs.connections import redis_errors
-from jobs.errors import Conflict
+from jobs.errors import Conflict, MimoqError
 from jobs.looks import JobLook
 from jobs.patience import Patience
 from jobs.requests import Request
@@ -83,9 +83,9 @@ class Enlisted(NamedTuple):
 
 
 def enlist(client: Any, singles: Sequence[Single], patience: Patience, room: Room) -> list[Enlisted | Exception]:
-    """Makes each a batch of one; what came of each, in order: its batch, or the error that is its own.
+    """Makes each a batch of one; what came of each, in order: its batch, or why there is none.
 
-    Raises `NoRoom`, or `StoreUnavailable`, which holds for all that were not made then.
+    `NoRoom` and `StoreUnavailable` are told of all that were not made then, never of those that were.
     """
     came: list[Enlisted | Exception] = []
     tried = False
@@ -103,7 +103,10 @@ def enlist(client: Any, singles: Sequence[Single], patience: Patience, room: Roo
 
     for block in _blocks(singles):
         tried = False
-        again, replies = patience.call(step, block)
+        try:
+            again, replies = patience.call(step, block)
+        except MimoqError as error:
+            return [*came, *[error] * (len(singles) - len(came))]
         came += [_outcome(single, reply, again) for single, reply in zip(block, replies, strict=True)]
         room.added(sum(isinstance(item, Enlisted) and item.created for item in came[-len(block) :]))
     return came
@@ -145,8 +148,7 @@ def queued(single: Single, enlisted: Enlisted) -> JobLook:
         metadata=new.metadata,
         callback=new.callback,
         created_at=enlisted.created_at,
-        started_at=None,
-        finished_at=None,
+        ended_at=None,
         deadline_at=None if new.deadline_s is None else enlisted.created_at + new.deadline_s,
         not_before=None,
         single=True,

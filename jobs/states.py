@@ -48,6 +48,6 @@ def job_id(batch_id: str, index: int) -> str:
 def split_job_id(job_id: str) -> tuple[str, int]:
     """`(batch id, index)`; raises `ValueError` when it is not a job's id."""
     batch_id, _, index = job_id.rpartition("-")
-    if not batch_id or not index.isascii() or not index.isdigit():
+    if not batch_id or not index.isascii() or not index.isdigit() or (index[0] == "0" and index != "0"):
         raise ValueError("a job id looks like <batch id>-<index>")
     return batch_id, int(index)

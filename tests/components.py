@@ -68,6 +68,10 @@ class Valkey:
         """Removes everything in it."""
         assert ask(self._socket, "FLUSHALL SYNC", timeout_s=10.0) == "+OK"
 
+    def written(self) -> None:
+        """Waits until all it was told is in its file: a disk that is busy may hold writes back."""
+        wait_for(lambda: "\naof_buffer_length:0\r" in ask(self._socket, "INFO persistence"), what="a written file")
+
     def kill(self) -> None:
         """`kill -9`."""
         self._process.kill()

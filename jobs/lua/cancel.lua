@@ -13,7 +13,7 @@ local b = redis.call('HMGET', record(ARGV[1]), 'state', 'closing')
 if not b[1] then return 'unknown' end
 if b[1] == 'finished' then return 'finished' end
 if b[2] == '' then
-  redis.call('HSET', record(ARGV[1]), 'state', 'cancelling', 'closing', 'c')
+  redis.call('HSET', record(ARGV[1]), 'state', 'cancelling', 'closing', 'c', 'closing_at', stamp(now()))
   redis.call('SADD', prefix .. 'closing', ARGV[1])
 end
 return 'cancelling'

@@ -113,9 +113,13 @@ while got < wanted and rounds < 200 do
   else
     got = got + #indexes
     redis.call('SET', KEYS[2], string.format('%.0f', score))
-    redis.call('ZADD', lane, string.format('%.0f', score + #indexes), batch)
     local token = ARGV[2] .. '.' .. #slices
     slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], token, tonumber(ARGV[3]), crashes, 0)
+    if redis.call('HGET', record(batch), 'total') == '1' then
+      redis.call('ZREM', lane, batch)  -- all that a single has is handed out: nobody need look again
+    else
+      redis.call('ZADD', lane, string.format('%.0f', score + #indexes), batch)
+    end
   end
 end
 return slices

@@ -133,7 +133,8 @@ end
 -- Every ended job is counted once, so the sum tells when the batch is over. Its keys live on for the retention time.
 local function close_if_over(batch)
   local b = record(batch)
-  local n = redis.call('HMGET', b, 'total', 'succeeded', 'failed', 'cancelled', 'expired', 'state', 'ttl')
+  local n = redis.call('HMGET', b, 'total', 'succeeded', 'failed', 'cancelled', 'expired', 'state', 'ttl', 'lane', 'label',
+    'identity')
   if n[6] == 'finished' or not n[1] then return false end
   if tonumber(n[2]) + tonumber(n[3]) + tonumber(n[4]) + tonumber(n[5]) < tonumber(n[1]) then return false end
   redis.call('HSET', b, 'state', 'finished', 'finished_at', stamp(now()))
@@ -141,9 +142,8 @@ local function close_if_over(batch)
   redis.call('ZREM', prefix .. 'deadlines', batch)
   redis.call('ZREM', prefix .. 'due', batch)
   redis.call('SREM', prefix .. 'closing', batch)
-  local lane = redis.call('HMGET', b, 'lane', 'label', 'identity')
-  redis.call('ZREM', prefix .. 'lane:' .. lane[1] .. ':' .. lane[2], batch)
-  redis.call('ZREM', prefix .. 'quarantine:' .. lane[1] .. ':' .. lane[2], batch)
+  redis.call('ZREM', prefix .. 'lane:' .. n[8] .. ':' .. n[9], batch)
+  redis.call('ZREM', prefix .. 'quarantine:' .. n[8] .. ':' .. n[9], batch)
   redis.call('DEL', of(batch, 'ready'), of(batch, 'claims'), of(batch, 'retries'), of(batch, 'history'),
     of(batch, 'quarantine'), of(batch, 'suspects'))
   local ttl = tonumber(n[7])
@@ -152,8 +152,8 @@ local function close_if_over(batch)
   retire(batch, tonumber(n[1]), ttl)
   post_event(batch)
   -- The identity may stand for a newer batch by now, whose hold on it must not end with this one.
-  local identity = prefix .. 'identity:' .. lane[3]
-  if redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end
+  local identity = prefix .. 'identity:' .. n[10]
+  if n[10] ~= '' and redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end
   return true
 end
 
@@ -163,7 +163,7 @@ local function expire_if_due(batch, at)
   if not deadline or tonumber(deadline) > at then return end
   redis.call('ZREM', prefix .. 'deadlines', batch)
   if redis.call('HGET', record(batch), 'closing') == '' then
-    redis.call('HSET', record(batch), 'state', 'cancelling', 'closing', 'x')
+    redis.call('HSET', record(batch), 'state', 'cancelling', 'closing', 'x', 'closing_at', stamp(at))
     redis.call('SADD', prefix .. 'closing', batch)
     tell(batch)
   end
