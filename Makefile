@@ -19,10 +19,10 @@ demo: setup ## run the example prompts against the simulator and show the answer
 	@$(BIN)/mimoq run examples/prompts.jsonl --simulate --fresh --overwrite --workers 1
 	@$(BIN)/python examples/show.py examples/prompts.out.jsonl
 
-test: setup ## run the tests, but for the chaos
+test: setup ## run the tests, but for fuzz and chaos
 	@$(TEST)
 
-check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests, two minutes of chaos
+check: setup ## what continuous integration runs: format, lint, types, import rule, documents, tests, a minute of fuzz, two of chaos
 	@echo "format" && $(BIN)/ruff format --quiet --check . || { echo "run: make format" >&2; exit 1; }
 	@echo "lint" && $(BIN)/ruff check --quiet .
 	@echo "types" && $(BIN)/mypy --no-error-summary
@@ -30,6 +30,8 @@ check: setup ## what continuous integration runs: format, lint, types, import ru
 	@echo "documents" && $(BIN)/python -m ops.docs --check
 	@echo "tests"
 	@$(TEST) --cov --cov-report=term:skip-covered
+	@echo "fuzz"
+	@$(TEST) tests/fuzz
 	@echo "chaos"
 	@$(BIN)/pytest -q -rP tests/chaos
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import worker.engine
 import worker.flusher
@@ -208,14 +209,15 @@ async def test_a_bad_answer_keeps_response_and_usage(store_url: str) -> None:
 
 
 @in_loop
-async def test_a_fault_of_ours_fails_the_job_and_is_logged(store_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    async with standing(store_url, FakeUpstream(ValueError("a fault"))) as stand:
-        batch = stand.submit(2)
-        await stand.engine.ring("bulk")
-        status = await stand.ended(batch)
-        assert (status.failed, status.succeeded) == (1, 1)
-        assert flights(stand) == 0
-    assert "call_died" in capsys.readouterr().out
+async def test_a_fault_of_ours_fails_the_job_and_is_logged(store_url: str) -> None:
+    with capture_logs() as logs:
+        async with standing(store_url, FakeUpstream(ValueError("a fault"))) as stand:
+            batch = stand.submit(2)
+            await stand.engine.ring("bulk")
+            status = await stand.ended(batch)
+            assert (status.failed, status.succeeded) == (1, 1)
+            assert flights(stand) == 0
+    assert "call_died" in [line["event"] for line in logs]
 
 
 # -- stopping

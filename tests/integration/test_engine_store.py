@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import worker.engine
 import worker.flusher
@@ -262,23 +263,22 @@ async def test_scripts_that_redis_forgot_are_sent_again(store_url: str) -> None:
 
 
 @in_loop
-async def test_a_task_that_dies_is_logged_and_ends_the_engine(
-    store_url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_task_that_dies_is_logged_and_ends_the_engine(store_url: str) -> None:
     deaths: list[bool] = []
-    async with standing(store_url, FakeUpstream(), on_death=lambda: deaths.append(True)) as stand:
 
-        async def die() -> None:
-            raise KeyError("x")
+    async def die() -> None:
+        raise KeyError("x")
 
-        batch = stand.submit(1)
-        stand.engine.spawn(die())
-        await until(lambda: deaths)
-        assert stand.engine.stopping
-        assert await stand.engine.ring("bulk") == 0
-        assert stand.store.status(batch).queued == 1
+    with capture_logs() as logs:
+        async with standing(store_url, FakeUpstream(), on_death=lambda: deaths.append(True)) as stand:
+            batch = stand.submit(1)
+            stand.engine.spawn(die())
+            await until(lambda: deaths)
+            assert stand.engine.stopping
+            assert await stand.engine.ring("bulk") == 0
+            assert stand.store.status(batch).queued == 1
     assert stand.upstream.closed
-    assert "engine_task_died" in capsys.readouterr().out
+    assert "engine_task_died" in [line["event"] for line in logs]
 
 
 @in_loop

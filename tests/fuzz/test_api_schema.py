@@ -22,7 +22,7 @@ PATIENCE_S = 240.0
 PHASES = ("coverage", "fuzzing", "stateful")
 
 CONFIG = """
-hooks = "tests.integration.schema_hooks"
+hooks = "tests.fuzz.schema_hooks"
 request-timeout = 30.0
 [phases.stateful]
 max-steps = 6
