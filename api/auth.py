@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from api.problems import Problem
 from api.threads import StoreThreads
 from jobs import keys, tokens
 from jobs.connections import redis_errors
 from jobs.errors import StoreUnavailable
+from jobs.settings import is_loopback
 from jobs.tokens import SCOPES, Token
 
 FRESH_S = 2.0
@@ -66,6 +68,7 @@ class Auth:
     async def caller(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Who sends these headers (names in lower case). Raises a `Problem` (401)."""
         if not self._asks:
+            _refuse_web_pages(headers)
             return ANYBODY
         given = _given(headers)
         if not given:
@@ -97,6 +100,25 @@ class Auth:
             self._known = {known: entry for known, entry in self._known.items() if entry[1] is not None}
         self._known[token_id] = (time.monotonic(), token)
         return token
+
+
+def _refuse_web_pages(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Where nobody is asked for a token, a page in this machine's browser must not be taken for its user.
+
+    Raises a `Problem` (403) for a request that names another host than this machine, or comes from another's page.
+    """
+    host, origin = "", None
+    for name, value in headers:
+        if name == b"host":
+            host = value.decode("latin-1")
+        elif name == b"origin":
+            origin = value.decode("latin-1")
+    try:
+        here = is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        here = False
+    if not here or origin not in (None, f"http://{host}"):
+        raise Problem(403, "other_host", "without tokens only this machine's own programs are served: use 127.0.0.1")
 
 
 def _given(headers: Iterable[tuple[bytes, bytes]]) -> str:

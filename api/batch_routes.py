@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
@@ -10,6 +11,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api import bodies, progress, submitting, uploads
+from api.auth import Caller
+from api.core import Core
 from api.job_routes import Key
 from api.problems import Problem, not_found
 from api.routing import After, Limit, Route, answer, caller_of, core_of, gives, problems, ref
@@ -19,9 +22,13 @@ from jobs.errors import NotFound
 from jobs.pages import batches_page
 from jobs.requests import CHAT
 from jobs.store import BatchStatus, Store
+from jobs.submission import NewBatch
 
 #: Types that JSON lines are sent as.
 LINES = ("application/jsonl", "application/x-jsonl", "application/x-ndjson", "application/ndjson")
+#: Batches that one tenant may have read at once, and streams that it may follow.
+TENANT_UPLOADS = 4
+TENANT_STREAMS = 100
 #: Steps of a cancel that are waited for, of 2,000 jobs each.
 CANCEL_STEPS = 10
 #: What proxies are told of a stream: neither to keep it nor to hold it back.
@@ -57,6 +64,19 @@ _TAKES: dict[str, Any] = {
         },
     }
 }
+
+
+class Stream(StreamingResponse):
+    """One of the streams that a tenant may have open at once."""
+
+    def __init__(self, core: Core, caller: Caller, stream: AsyncIterator[bytes], media_type: str) -> None:
+        super().__init__(stream, media_type=media_type, headers=STREAM_HEADERS)
+        self._turn = core.turn(caller.tenant, "streams", TENANT_STREAMS)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends it. Raises a `Problem` (429) before anything is sent."""
+        with self._turn:
+            await super().__call__(scope, receive, send)
 
 
 @router.post(
@@ -111,21 +131,28 @@ async def submit_batch(
             raise Problem(422, "invalid", str(error)) from None
         new = submitting.new_batch(core, caller, options, key, None)
         if key is not None:
-            new = dataclasses.replace(new, content="")  # the requests themselves tell
-        body = bodies.chunks(request, core.settings.api_max_upload_bytes)
-        submitted = await uploads.submit_lines(core, body, new, options.endpoint)
+            # The requests themselves tell, as they come, and beside them the options.
+            new = dataclasses.replace(new, content="", beside=submitting.digest(given))
+        with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
+            body = bodies.chunks(request, core.settings.api_max_upload_bytes)
+            submitted = await uploads.submit_lines(core, body, new, options.endpoint)
     elif kind.endswith("json"):
-        raw = await bodies.read(request, core.settings.api_max_body_bytes)
-        inline = bodies.decode(raw, _inline)
-        new = submitting.new_batch(
-            core, caller, inline, key, bodies.decode(raw, _anything) if key is not None else None
-        )
-        submitted = await uploads.submit_inline(core, inline.requests, new, inline.endpoint)
+        with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
+            raw = await bodies.read(request, core.settings.api_max_body_bytes)
+            # In a thread: a body of 30 MB takes a second.
+            inline, new = await core.inline.call(lambda _: _read_inline(core, caller, raw, key))
+            submitted = await uploads.submit_inline(core, inline.requests, new, inline.endpoint)
     else:
         raise Problem(415, "media_type", f"send application/json, or JSON lines as {LINES[0]}")
     status = await core.status(caller, submitted.batch_id)
     headers = {"Location": f"/v1/job-batches/{status.batch_id}"}
     return answer(batch_view(status), 202 if submitted.created else 200, headers)
+
+
+def _read_inline(core: Core, caller: Caller, raw: bytes, key: str | None) -> tuple[NewBatchBody, NewBatch]:
+    inline = bodies.decode(raw, _inline)
+    content = bodies.decode(raw, _anything) if key is not None else None
+    return inline, submitting.new_batch(core, caller, inline, key, content)
 
 
 @router.get(
@@ -219,8 +246,7 @@ async def get_results(
     has ended again, comes again."""
     core, caller = core_of(request), caller_of(request)
     start = await progress.position(core, await core.status(caller, batch), after)
-    stream = progress.results(core, caller, batch, start, follow)
-    return StreamingResponse(stream, media_type=LINES[0], headers=STREAM_HEADERS)
+    return Stream(core, caller, progress.results(core, caller, batch, start, follow), LINES[0])
 
 
 @router.get(
@@ -237,6 +263,6 @@ async def get_results(
 )
 async def get_events(request: Request, batch: str) -> Response:
     """Counts, jobs a second, and what holds the batch back: at once, when something has changed, at most once a second."""
-    core = core_of(request)
-    await core.status(caller_of(request), batch)
-    return StreamingResponse(progress.events(core, batch), media_type="text/event-stream", headers=STREAM_HEADERS)
+    core, caller = core_of(request), caller_of(request)
+    await core.status(caller, batch)
+    return Stream(core, caller, progress.events(core, batch), "text/event-stream")

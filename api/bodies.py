@@ -9,7 +9,9 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from api.core import Core
 from api.problems import Problem
+from api.routing import core_of
 
 #: Seconds that a body may stand still.
 CHUNK_S = 30.0
@@ -25,9 +27,9 @@ async def chunks(request: Request, most: int) -> AsyncIterator[bytes]:
     if declared.isdecimal() and int(declared) > most:
         raise _too_large(most)
     size = 0
-    stream = aiter(request.stream())
+    core, stream = core_of(request), aiter(request.stream())
     try:
-        while (chunk := await _next(stream)) is not None:
+        while (chunk := await _next(core, stream)) is not None:
             size += len(chunk)
             if size > most:
                 raise _too_large(most)
@@ -37,12 +39,21 @@ async def chunks(request: Request, most: int) -> AsyncIterator[bytes]:
         raise Problem(400, "cut", "the body ended too early") from None
 
 
-async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
-    """The next chunk, None after the last. Raises a `Problem` when it does not come."""
+async def _next(core: Core, stream: AsyncIterator[bytes]) -> bytes | None:
+    """The next chunk, None after the last. Raises a `Problem` when it does not come, or this process is to end."""
     try:
-        async with asyncio.timeout(CHUNK_S):
-            return await anext(stream, None)
+        async with asyncio.timeout(0.0 if core.stopping.is_set() else CHUNK_S) as patience:
+            core.reading.add(patience)
+            try:
+                return await anext(stream, None)
+            finally:
+                core.reading.discard(patience)
     except TimeoutError:
+        if core.stopping.is_set():
+            again = {"Retry-After": "1"}
+            raise Problem(
+                503, "stopping", "this process is being stopped; nothing was submitted", headers=again
+            ) from None
         raise Problem(408, "too_slow", f"of the body nothing has come for {CHUNK_S:g} s") from None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from asyncio import FIRST_COMPLETED as FIRST
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Any
@@ -159,7 +158,8 @@ class WaitingCall(Response):
             gone = asyncio.create_task(_gone(receive))
             answered = False
             try:
-                await asyncio.wait((look, gone), timeout=STATUS_S if self._asked.stream else None, return_when=FIRST)
+                patience_s = STATUS_S if self._asked.stream else None
+                await asyncio.wait((look, gone), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                 if self._asked.stream and not gone.done() and (not look.done() or _succeeded(look.result())):
                     await self._stream(look, gone, send)
                 elif look.done():
@@ -213,7 +213,7 @@ class WaitingCall(Response):
         await send({"type": "http.response.start", "status": 200, "headers": raw})
         while not look.done() and not gone.done():
             await send({"type": "http.response.body", "body": replay.KEEP_ALIVE, "more_body": True})
-            await asyncio.wait((look, gone), timeout=ALIVE_S, return_when=FIRST)
+            await asyncio.wait((look, gone), timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
         if look.done():
             for block in _blocks(self._events(look)):
                 await send({"type": "http.response.body", "body": block, "more_body": True})

@@ -6,20 +6,21 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import structlog
+from redis.exceptions import RedisError
 
 from api.auth import Auth, Caller, Rates
 from api.deliverer import GRACE_S, Deliverer
 from api.groups import Groups
 from api.metrics import Counts, Scrapes
 from api.outbound import Outbound
-from api.problems import not_found
+from api.problems import Problem, not_found
 from api.ringer import Ringer
-from api.threads import StoreThreads
+from api.threads import PATIENCE_S, StoreThreads
 from api.waiters import Waiter, Waiters
 from jobs import identity
 from jobs.connections import connect_async
@@ -41,6 +42,10 @@ LOOK_WINDOW_S = 0.0
 #: Batches that are read at once, as lines (each waits for its sender most of the time) and inline.
 UPLOADS = 32
 INLINE = 4
+#: Threads of results and progress that are followed.
+STREAMS = 4
+#: Seconds to tell the last counts.
+LAST_S = 2.0
 #: Seconds between two looks after an embedded server.
 SERVER_S = 1.0
 #: Seconds between two cancellations of a task that has to end.
@@ -55,24 +60,28 @@ class Core:
     def __init__(self, settings: Settings) -> None:
         """Opens the store. Raises `MimoqError` where that can't be had."""
         self.settings = settings
-        self.connection = Connection(settings, lambda line: log.warning("store_away", reason=line))
+        self.connection = Connection(settings, _say, silent_s=PATIENCE_S)
         self.threads = StoreThreads(self.connection, "api")
         self.checks = StoreThreads(self.connection, "check", 2)
+        self.streams = StoreThreads(self.connection, "stream", STREAMS)
+        self._auth_threads = StoreThreads(self.connection, "auth", 2)
         self.uploads = StoreThreads(self.connection, "upload", UPLOADS)
         self.inline = StoreThreads(self.connection, "inline", INLINE)
-        self.uploading: Counter[str] = Counter()  # by tenant
+        self.turns: Counter[tuple[str, str]] = Counter()  # what tenants do at present of which there is only so much
+        self.reading: set[asyncio.Timeout] = set()  # of bodies that are waited for
         self._commit_thread = StoreThreads(self.connection, "commit", 1)
         self._look_thread = StoreThreads(self.connection, "look", 1)
         self._commits: Groups[Single, Enlisted] = Groups(self._commit_thread, self._commit, COMMIT_WINDOW_S)
         self._looks: Groups[Wanted, JobLook | None] = Groups(self._look_thread, _look, LOOK_WINDOW_S)
-        self.auth = Auth(self.threads, settings.api_auth, settings.api_rpm)
-        self.rates = Rates(self.threads)
+        self.auth = Auth(self._auth_threads, settings.api_auth, settings.api_rpm)
+        self.rates = Rates(self._auth_threads)
         self.ringer = Ringer(self.connection)
         self.label = identity.SIMULATED if settings.simulated else ""
         self.model = None if settings.endpoint_path else settings.model
         self.client = connect_async(self.connection.redis_url)
         self.waiters = Waiters(self.client)
         self.tally = Tally()
+        self._reports = Reports(self.tally)
         self.counts = Counts(self.tally)
         self.scrapes = Scrapes(self.connection.client, settings, self.tally)
         self.outbound = Outbound(settings)
@@ -92,6 +101,8 @@ class Core:
             for threads in (
                 self.threads,
                 self.checks,
+                self.streams,
+                self._auth_threads,
                 self.uploads,
                 self.inline,
                 self._commit_thread,
@@ -101,13 +112,14 @@ class Core:
             await stack.enter_async_context(self.outbound)
             self.ringer.start()
             stack.callback(self.ringer.close)
+            stack.push_async_callback(self._report)
             self._run(stack, self._deliverer.run(), patience_s=GRACE_S + 1)
             for work in (
                 self._commits.run(),
                 self._looks.run(),
                 self.waiters.run(),
                 self.rates.run(),
-                Reports(self.tally).run(self.client),
+                self._reports.run(self.client),
                 self._keep_server(),
             ):
                 self._run(stack, work)
@@ -118,6 +130,11 @@ class Core:
         task = asyncio.create_task(work)
         task.add_done_callback(self._ended)
         stack.push_async_callback(_end, task, patience_s)
+
+    async def _report(self) -> None:
+        """Tells the last counts, if the store takes them at once."""
+        with suppress(TimeoutError, RedisError, OSError):
+            await asyncio.wait_for(self._reports.report(self.client), LAST_S)
 
     async def _keep_server(self) -> None:
         """Sees that an embedded Valkey has its guard."""
@@ -185,10 +202,32 @@ class Core:
             raise not_found("batch")
         return status
 
+    @contextmanager
+    def turn(self, tenant: str, what: str, most: int) -> Iterator[None]:
+        """One of `most` that a tenant may have at once: nobody takes what is there for all. Raises a `Problem` (429)."""
+        if self.turns[tenant, what] >= most:
+            again = {"Retry-After": "5"}
+            raise Problem(
+                429, "too_many_at_once", f"{most} {what} of yours are open; wait for one to end", headers=again
+            )
+        self.turns[tenant, what] += 1
+        try:
+            yield
+        finally:
+            self.turns[tenant, what] -= 1
+            if not self.turns[tenant, what]:
+                del self.turns[tenant, what]
+
     def stop(self) -> None:
         """Lets nobody wait any longer: this process has been told to end."""
         self.stopping.set()
+        for patience in self.reading:
+            patience.reschedule(asyncio.get_running_loop().time())
         self.waiters.wake()
+
+
+def _say(line: str) -> None:
+    log.warning("store_away", reason=line)
 
 
 async def _end(task: asyncio.Task[None], patience_s: float) -> None:

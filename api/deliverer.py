@@ -2,7 +2,8 @@
 
 What can go wrong: a process that dies has its events taken by another once their lease is over, so a receiver may see one
 twice, with the same id. Redis away: what is under way is written when it is back, or sent again; nothing new is taken.
-A receiver that is slow holds four places of its own and no others; one that is away is asked less and less often, for a day.
+A receiver that is slow holds four places and no others, and a tenant's receivers together sixteen; one that is away is asked
+less and less often, for a day.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -31,9 +31,10 @@ WAITS_S = (5.0, 30.0, 120.0, 600.0, 1_800.0, 3_600.0, 7_200.0, 14_400.0, 28_800.
 JITTER = 0.2
 #: Longest wait that a receiver's Retry-After is granted.
 RETRY_AFTER_S = 3_600.0
-#: Deliveries at once, and of them to one host.
+#: Deliveries at once, and of them to one host, and of one tenant.
 AT_ONCE = 64
 PER_HOST = 4
+PER_TENANT = 16
 #: Seconds after which the outbox is looked at without a call.
 LOOK_S = 15.0
 #: Least seconds between two looks.
@@ -70,6 +71,7 @@ class Deliverer:
         lease_s: float = outbox.LEASE_S,
         at_once: int = AT_ONCE,
         per_host: int = PER_HOST,
+        per_tenant: int = PER_TENANT,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -80,9 +82,10 @@ class Deliverer:
         self._lease_s = lease_s
         self._at_once = at_once
         self._per_host = per_host
+        self._per_tenant = per_tenant
         self._clock = clock
         self._chance = chance
-        self._flying: dict[asyncio.Task[None], str] = {}
+        self._flying: dict[asyncio.Task[None], tuple[str, str]] = {}  # host and tenant
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
@@ -126,14 +129,15 @@ class Deliverer:
         if room <= 0:
             return LOOK_S  # the end of a delivery wakes
         try:
-            busy = Counter(self._flying.values())
-            taken, wait_s = await outbox.take(self._client, room, self._per_host, busy, self._lease_s)
+            taken, wait_s = await outbox.take(
+                self._client, room, self._per_host, self._per_tenant, self._flying.values(), self._lease_s
+            )
         except (RedisError, OSError) as error:
             log.debug("outbox_unread", error=type(error).__name__)
             return AWAY_S
         for due in taken:
             task = asyncio.create_task(self._deliver(due))
-            self._flying[task] = due.host
+            self._flying[task] = due.host, due.tenant
             task.add_done_callback(self._landed)
         return LOOK_S if wait_s is None else min(wait_s, LOOK_S)
 

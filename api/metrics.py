@@ -20,6 +20,7 @@ from jobs.errors import MimoqError
 from jobs.exposition import families, process, render
 from jobs.limits import all_limits
 from jobs.metrics import (
+    BATCHES,
     DELIVERIES,
     GATE_PROBE,
     GATE_SHUT,
@@ -30,6 +31,7 @@ from jobs.metrics import (
     LIMIT_ALLOWED,
     LIMIT_USED,
     LIMIT_UTILISATION,
+    NEXT,
     OLDEST_READY,
     OPEN_BATCHES,
     OPEN_BATCHES_READ,
@@ -40,6 +42,7 @@ from jobs.metrics import (
     WORKERS,
     Metric,
 )
+from jobs.outbox import dead_count
 from jobs.scripts import Script
 from jobs.settings import Settings
 from jobs.tally import Cell, Names, Tally, totals
@@ -52,9 +55,10 @@ if TYPE_CHECKING:
 CACHED_S = 1.0
 #: Seconds a scrape waits for the store.
 PATIENCE_S = 2.0
-#: Open batches that are looked at, the oldest first, and of these in one step: a script keeps everyone else waiting.
-BATCHES = 1_000
+#: Batches that are looked at in one step, for a script keeps everyone else waiting; and seconds for all steps: what a busy
+#: store does not tell in time is left out, before a scrape takes it for being away.
 STEP = 200
+STEPS_S = 1.0
 
 _census = Script("census")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -128,42 +132,58 @@ def read(client: redis.Redis, settings: Settings) -> dict[Cell, float]:
         pipe.hgetall(keys.METRICS)
         pipe.zcard(keys.OPEN)
         pipe.zcard(keys.OUTBOX)
-        pipe.zcard(keys.DEAD)
-        (seconds, micros), raw, open_batches, pending, dead = pipe.execute()
+        (seconds, micros), raw, open_batches, pending = pipe.execute()
         now = seconds + micros / 1e6
         cells = totals(raw)
         cells |= {
             (STORE_UP.name,): 1,
             (OPEN_BATCHES.name,): open_batches,
             (WEBHOOKS_PENDING.name,): pending,
-            (WEBHOOKS_DEAD.name,): dead,
+            (WEBHOOKS_DEAD.name,): dead_count(client),
         }
-        cells |= _jobs(any_client, now)
+        cells |= _jobs(any_client, now, open_batches)
     cells |= _limits(client, settings, now)
     serving = Counter(lane for worker in live_workers(client) for lane in worker.lanes)
     cells |= {(WORKERS.name, lane): serving[lane] for lane in keys.LANES}
     return cells
 
 
-def _jobs(client: Any, now: float) -> dict[Cell, float]:
-    """The figures of the oldest open batches."""
+def _jobs(client: Any, now: float, open_batches: int) -> dict[Cell, float]:
+    """The figures of the oldest open batches; of lanes whose ready jobs are all in younger ones, those of the next there."""
     cells: dict[Cell, float] = {(OPEN_BATCHES_READ.name,): 0}
     for lane in keys.LANES:
         cells |= {(JOBS.name, state, lane): 0 for state in ("queued", "running")}
         cells |= {(metric.name, lane): 0 for metric in (READY_JOBS, OLDEST_READY)}
-    for first in range(0, BATCHES, STEP):
-        most = min(STEP, BATCHES - first)
-        looked_at, *lanes = _census(client, [keys.PREFIX], [first, most])
+    end = time.monotonic() + STEPS_S
+    for looked_at, lanes in _steps(client, BATCHES, ""):
         cells[OPEN_BATCHES_READ.name,] += looked_at
-        for raw, queued, running, ready, oldest in lanes:
-            lane, age = raw.decode(), now - float(oldest or now)
+        for lane, queued, running, _, _ in lanes:
             cells[JOBS.name, "queued", lane] += queued
             cells[JOBS.name, "running", lane] += running
-            cells[READY_JOBS.name, lane] += ready
-            cells[OLDEST_READY.name, lane] = max(cells[OLDEST_READY.name, lane], age)
-        if looked_at < most:
+        _ready(cells, lanes, now)
+        if time.monotonic() >= end:
             break
+    if cells[OPEN_BATCHES_READ.name,] < open_batches:
+        for lane in keys.LANES:
+            if not cells[READY_JOBS.name, lane]:
+                for _, lanes in _steps(client, NEXT, lane):
+                    _ready(cells, lanes, now)
     return cells
+
+
+def _steps(client: Any, most: int, lane: str) -> Iterator[tuple[int, list[tuple[str, int, int, int, bytes]]]]:
+    """What census.lua finds, step by step, in at most so many batches: how many they were, and the rows of lanes."""
+    for first in range(0, most, STEP):
+        looked_at, *rows = _census(client, [keys.PREFIX], [first, min(STEP, most - first), lane])
+        if not looked_at:
+            break
+        yield looked_at, [(name.decode(), *numbers) for name, *numbers in rows]
+
+
+def _ready(cells: dict[Cell, float], lanes: list[tuple[str, int, int, int, bytes]], now: float) -> None:
+    for lane, _, _, ready, oldest in lanes:
+        cells[READY_JOBS.name, lane] += ready
+        cells[OLDEST_READY.name, lane] = max(cells[OLDEST_READY.name, lane], now - float(oldest or now))
 
 
 def _limits(client: redis.Redis, settings: Settings, now: float) -> dict[Cell, float]:

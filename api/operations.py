@@ -13,7 +13,7 @@ from jobs.connections import check_schema
 from jobs.errors import MimoqError
 
 #: Seconds that an answer is waited for.
-CHECK_S = 5.0
+CHECK_S = 2.0
 
 router = APIRouter(tags=["operations"], route_class=Route)
 

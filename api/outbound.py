@@ -10,69 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import ipaddress
 import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
 
+from api.addresses import Allowed, check_url, is_public
 from jobs.errors import UsageError
 
-MAX_URL = 2048
 TOTAL_S = 10.0
 #: Bytes of an answer that are read, so that its sender is not cut off; they are thrown away.
 MAX_ANSWER = 65_536
-#: Names looked up at once, in threads of their own: a slow name server must not hold up other work of the process.
-LOOKUPS = 16
-
-#: IPv4 that is not for everybody (the IANA special-purpose registry), multicast, reserved; and Azure's own services.
-REFUSED_V4 = tuple(
-    map(
-        IPv4Network,
-        (
-            "0.0.0.0/8",
-            "10.0.0.0/8",
-            "100.64.0.0/10",
-            "127.0.0.0/8",
-            "168.63.129.16/32",
-            "169.254.0.0/16",
-            "172.16.0.0/12",
-            "192.0.0.0/24",
-            "192.0.2.0/24",
-            "192.88.99.0/24",
-            "192.168.0.0/16",
-            "198.18.0.0/15",
-            "198.51.100.0/24",
-            "203.0.113.0/24",
-            "224.0.0.0/3",
-        ),
-    )
-)
-#: IPv6 is public in one range alone, but for what tunnels (Teredo, 6to4), is set apart or made for documents.
-PUBLIC_V6 = IPv6Network("2000::/3")
-REFUSED_V6 = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
-#: IPv6 that stands for the IPv4 address in its last 32 bits: mapped, and by NAT64.
-EMBEDDING_V6 = tuple(map(IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
-
-
-class Allowed(Protocol):
-    """The settings that count here: `jobs.settings.Settings`."""
-
-    @property
-    def webhook_allow_http(self) -> bool:
-        """Whether `http://` will do."""
-
-    @property
-    def webhook_allow_private(self) -> bool:
-        """Whether any address will do."""
+#: Names looked up at once, in threads of their own: a slow name server must not hold up other work of the process. A lookup
+#: can't be broken off and may outlast its call, by 20 s as systems are set up: three times the calls under way at once.
+LOOKUPS = 192
 
 
 class RefusedAddress(OSError):
@@ -95,73 +52,6 @@ class Answer:
     def ok(self) -> bool:
         """Whether it was taken: any 2xx."""
         return self.status is not None and 200 <= self.status < 300
-
-
-def is_public(address: str) -> bool:
-    """Whether an address, as a socket is given it, can be that of anybody's server; False for what is no address."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, IPv4Address):
-        return not any(ip in network for network in REFUSED_V4)
-    if any(ip in network for network in EMBEDDING_V6):
-        return is_public(str(IPv4Address(int(ip) & 0xFFFF_FFFF)))
-    return ip in PUBLIC_V6 and not any(ip in network for network in REFUSED_V6)
-
-
-def check_url(url: str, settings: Allowed) -> URL:
-    """The address as it will be called. Raises `UsageError` with one line for one that never will be.
-
-    What its name leads to is only known, and checked, when it is called.
-    """
-    if len(url) > MAX_URL:
-        raise UsageError(f"the callback address is over {MAX_URL} characters long")
-    # What another reader of addresses could take for something else; a host may be written in punycode.
-    if not url.isascii() or not url.isprintable() or any(sign in url for sign in ' \\"<>^`{|}'):
-        raise UsageError("the callback address holds characters that must be percent-encoded")
-    try:
-        parts = URL(url)
-        host, port = parts.host, parts.port
-    except ValueError:
-        raise UsageError("the callback address can't be read") from None
-    if parts.scheme != "https" and not (parts.scheme == "http" and settings.webhook_allow_http):
-        raise UsageError(f"the callback address must begin with https://{_or_http(settings)}")
-    if not host or not port:
-        raise UsageError("the callback address names no host, or a port that can't be")
-    if parts.user is not None or parts.password is not None:
-        raise UsageError("the callback address must hold no user or password")
-    if "#" in url:
-        raise UsageError("the callback address must hold no fragment (#...)")
-    if _is_number(host) and not _is_plain(host):
-        raise UsageError("the callback address spells its host as a number: write 192.0.2.1, or [2001:db8::1]")
-    if _is_plain(host) and not settings.webhook_allow_private and not is_public(host):
-        raise UsageError("the callback address is not public: private, loopback and reserved ones are refused")
-    return parts
-
-
-def _or_http(settings: Allowed) -> str:
-    return " or http://" if settings.webhook_allow_http else ""
-
-
-def _is_plain(host: str) -> bool:
-    """Whether a host is an address in its usual spelling."""
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return not (isinstance(ip, IPv6Address) and ip.scope_id)
-
-
-def _is_number(host: str) -> bool:
-    """Whether a host is an address in any spelling that a resolver takes: 2130706433, 0x7f.1, 127.1, fe80::1%eth0."""
-    if ":" in host:
-        return True
-    try:
-        socket.inet_aton(host.rstrip("."))
-    except OSError:
-        return False
-    return True
 
 
 class Resolver(AbstractResolver):
@@ -194,7 +84,10 @@ class Resolver(AbstractResolver):
 
 
 def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[Any]:
-    return list(socket.getaddrinfo(host, port, family, socket.SOCK_STREAM))
+    try:
+        return list(socket.getaddrinfo(host, port, family, socket.SOCK_STREAM))
+    except UnicodeError:  # of a host that can be no name
+        raise socket.gaierror(socket.EAI_NONAME, "no name") from None
 
 
 class Outbound:

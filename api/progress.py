@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from api.auth import Caller
 from api.core import Core
 from api.problems import Problem
+from api.replay import KEEP_ALIVE
 from api.shapes import Progress, encode
 from api.views import counts, job_view
 from jobs import identity, keys
@@ -24,7 +25,6 @@ from jobs.workers import live_workers
 #: Seconds between two events of a batch, at least, and after which a comment shows that the connection lives.
 EVENT_S = 1.0
 ALIVE_S = 15.0
-ALIVE = b": keep-alive\n\n"
 #: Seconds over which the rate is taken.
 RATE_S = 10.0
 
@@ -37,6 +37,8 @@ async def position(core: Core, status: BatchStatus, after: str | None) -> int:
     if after is None:
         return 0
     if after.isascii() and after.isdecimal() and len(after) < 12:
+        if int(after) > await core.streams.call(lambda store: _ends(store, status.batch_id)):
+            raise Problem(404, "not_found", "after: beyond the last end of this batch")
         return int(after)
     try:
         batch_id, index = split_job_id(after)
@@ -44,10 +46,16 @@ async def position(core: Core, status: BatchStatus, after: str | None) -> int:
         batch_id, index = "", 0
     if batch_id != status.batch_id or index >= status.total:
         raise Problem(404, "not_found", "after: no cursor, and no job of this batch")
-    found = await core.threads.call(lambda store: _behind(store, batch_id, index))
+    found = await core.streams.call(lambda store: _behind(store, batch_id, index))
     if found is None:
         raise Problem(404, "not_found", "after: this job has not ended")
     return found
+
+
+def _ends(store: Store, batch_id: str) -> int:
+    """How many ends there are."""
+    with redis_errors():
+        return int(store.client.strlen(keys.done(batch_id))) // 4
 
 
 def _behind(store: Store, batch_id: str, index: int) -> int | None:
@@ -67,7 +75,7 @@ async def results(core: Core, caller: Caller, batch_id: str, start: int, follow:
         while True:
             finished = await _finished(core, batch_id)
             while True:
-                block, count = await core.threads.call(lambda store: _block(core, store, caller, batch_id, start))  # noqa: B023
+                block, count = await core.streams.call(lambda store: _block(core, store, caller, batch_id, start))  # noqa: B023
                 if not count:
                     break
                 start += count
@@ -80,7 +88,7 @@ async def results(core: Core, caller: Caller, batch_id: str, start: int, follow:
 
 async def _finished(core: Core, batch_id: str) -> bool:
     try:
-        status = await core.threads.call(lambda store: store.status(batch_id))
+        status = await core.streams.call(lambda store: store.status(batch_id))
     except NotFound:
         return True
     return status.state is BatchState.FINISHED
@@ -119,7 +127,7 @@ async def events(core: Core, batch_id: str) -> AsyncIterator[bytes]:
     async with core.waiters.on(batch_id) as waiter:
         while True:
             try:
-                status, held_back = await core.threads.call(lambda store: _progress(core, store, batch_id))
+                status, held_back = await core.streams.call(lambda store: _progress(core, store, batch_id))
             except NotFound:
                 return
             now = loop.time()
@@ -140,7 +148,7 @@ async def events(core: Core, batch_id: str) -> AsyncIterator[bytes]:
                 yield b"event: %s\ndata: %s\n\n" % (b"finished" if finished else b"progress", encode(progress))
             elif now - told_at >= ALIVE_S:
                 told_at = now
-                yield ALIVE
+                yield KEEP_ALIVE
             if finished or core.stopping.is_set():
                 return
             await asyncio.sleep(EVENT_S)

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from api.addresses import check_url
 from api.auth import Caller
 from api.core import Core
-from api.outbound import check_url
 from api.problems import Problem
 from api.shapes import NewBatchOptions, NewJob
 from jobs.identity import key_identity

@@ -22,8 +22,6 @@ from producers.reader import lines
 
 #: Bytes of a body that wait for the thread that reads them.
 PIPE_BYTES = 1_000_000
-#: Batches that one tenant may have read at once: nobody takes the threads of all.
-TENANT_UPLOADS = 4
 #: Broken rules that are told of one batch.
 SHOWN_PROBLEMS = 20
 
@@ -72,17 +70,6 @@ class Pipe:
 
 async def submit_lines(core: Core, body: AsyncIterator[bytes], new: NewBatch, endpoint: str) -> Submitted:
     """Submits a body of JSON lines. Raises a `Problem` that names the lines that break a rule, or what the store raises."""
-    if core.uploading[new.tenant] >= TENANT_UPLOADS:
-        again = {"Retry-After": "5"}
-        raise Problem(429, "uploads", f"{TENANT_UPLOADS} batches of yours are being read; wait for one", headers=again)
-    core.uploading[new.tenant] += 1
-    try:
-        return await _submit_lines(core, body, new, endpoint)
-    finally:
-        core.uploading[new.tenant] -= 1
-
-
-async def _submit_lines(core: Core, body: AsyncIterator[bytes], new: NewBatch, endpoint: str) -> Submitted:
     pipe = Pipe()
 
     def work(store: Store) -> Submitted:

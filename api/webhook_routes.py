@@ -82,8 +82,9 @@ async def retry_delivery(request: Request, delivery: str) -> Response:
     responses={200: gives("What this tenant's webhooks are signed with.", "WebhookSecret"), **problems()},
 )
 async def get_secret(request: Request) -> Response:
-    """Of all tokens of this tenant. Receivers check signatures with it."""
-    core = core_of(request)
+    """Of all tokens of this tenant; receivers check signatures with it. Who has it could sign: it takes both scopes."""
+    core, caller = core_of(request), caller_of(request)
+    caller.need("submit")
     with redis_errors():
-        secret = await outbox.secret_of(core.client, caller_of(request).tenant)
+        secret = await outbox.secret_of(core.client, caller.tenant)
     return answer(WebhookSecret(secret))

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from jobs.processes import spawn_detached
+from jobs.processes import put_aside, spawn_detached
 from jobs.runtime import Runtime, ask, last_words, one_line, open_lock, still_there, try_lock
 
 POLL_S = 0.1  # between two looks at the server and the users
@@ -227,8 +227,7 @@ def leave_reason(runtime: Runtime, error: Exception) -> None:
 
 
 def turn_over(log: Path) -> None:
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.replace(log.with_suffix(".old.log"))
+    put_aside(log, LOG_BYTES)
 
 
 def say(text: str) -> None:

@@ -24,6 +24,15 @@ CALL_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 6
 WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 HTTP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0)
 
+#: Open batches that are looked at for the figures of jobs, the oldest first; and those next in a lane, when all of its ready
+#: jobs are younger.
+BATCHES = 20_000
+NEXT = 1_000
+_BOUND = (
+    "While more batches are open than `mimoq_open_batches_read` counts, of those it counts; "
+    f"in a lane with none ready among these, of the {NEXT:,} batches next to be served"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -72,26 +81,32 @@ JOBS = Metric(
     "jobs",
     "gauge",
     STORE,
-    "Jobs of open batches at present: queued or running (held by a worker). Of the oldest 1,000 open batches.",
+    "Jobs of open batches at present: queued or running (held by a worker). "
+    "Of the batches that `mimoq_open_batches_read` counts.",
     ("state", "lane"),
 )
 READY_JOBS = Metric(
     "ready_jobs",
     "gauge",
     STORE,
-    "Depth of the queue: jobs that any worker may claim now. Not those of paused batches or before their retry.",
+    "Depth of the queue: jobs that any worker may claim now. Not those of paused batches or before their retry. "
+    f"{_BOUND}: there may be more.",
     ("lane",),
 )
 OLDEST_READY = Metric(
     "oldest_ready_job_age_seconds",
     "gauge",
     STORE,
-    "Time since the submit of the oldest job that any worker may claim now; 0 when there is none.",
+    "Time since the submit of the oldest job that any worker may claim now; 0 when there is none. "
+    f"{_BOUND}: an older one may wait.",
     ("lane",),
 )
 OPEN_BATCHES = Metric("open_batches", "gauge", STORE, "Batches that have not finished.")
 OPEN_BATCHES_READ = Metric(
-    "open_batches_read", "gauge", STORE, "Those of them that were looked at for the figures of jobs: the oldest 1,000."
+    "open_batches_read",
+    "gauge",
+    STORE,
+    f"Those of them that were looked at for the figures of jobs: the oldest {BATCHES:,}, or as many as a second allowed.",
 )
 HELD_JOBS = Metric("held_jobs", "gauge", WORKER, "Jobs that this worker holds, waiting or in flight.")
 
@@ -196,11 +211,18 @@ HTTP_REQUESTS = Metric(
     "http_requests_total",
     "counter",
     API,
-    "HTTP requests that have been answered, by the template of their route (`none`: there is no such route).",
+    "HTTP requests, by the template of their route and the status of the answer. Route `none`: no route was reached, as "
+    "there is none, the request was refused before (401, 403, 429, 431, 503), or it asked for /docs or /openapi.json. "
+    "Status `0`: the client went away before an answer began.",
     ("route", "method", "status"),
 )
 HTTP_TIME = Metric(
-    "http_request_seconds", "histogram", API, "How long HTTP requests took, waiting ones too.", ("route",), HTTP_S
+    "http_request_seconds",
+    "histogram",
+    API,
+    "How long HTTP requests took, waiting ones too. Route `none` is as in `mimoq_http_requests_total`.",
+    ("route",),
+    HTTP_S,
 )
 DELIVERIES = Metric(
     "webhook_deliveries_total",

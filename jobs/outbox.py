@@ -1,19 +1,22 @@
 """The outbox of webhooks: what is to be told to a callback address, from the end of a job or batch until it has arrived.
 
 An event is written in the step that ends its job or batch, so none is lost; `api.deliverer` takes it from here and sends it,
-at least once and with the same id each time. All times are unix seconds by the Redis server's clock. The functions take an
-async client; each is one round trip or a few of one Lua script, and may be called again when its answer was lost.
+at least once and with the same id each time. All times are unix seconds by the Redis server's clock. The functions take
+an async client, but for `dead_count`; each is one round trip or a few of one Lua script, and may be called again when its
+answer was lost.
 """
 
 from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, cast
 
 from jobs import keys
+from jobs.connections import redis_errors
 from jobs.errors import NotFound
 from jobs.scripts import Script
 
@@ -24,7 +27,8 @@ TRIED_S = 86_400
 #: Seconds that what has arrived, or was given up, can still be seen.
 DELIVERED_KEPT_S = 86_400
 DEAD_KEPT_S = 30 * 86_400
-#: Due events looked at in one step; how many of these stay due while their host is busy; seconds the others are put off.
+#: Due events looked at in one step; how many of these stay due while their host or tenant is busy; seconds the others are
+#: put off.
 LOOKED_AT = 500
 STAYING = 250
 PUT_OFF_S = 3.0
@@ -81,23 +85,20 @@ class Page:
     next: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Events of all tenants that wait for a try, and that were given up."""
-
-    pending: int
-    dead: int
-
-
 async def take(
-    client: Any, wanted: int, per_host: int, busy: Mapping[str, int], lease_s: float = LEASE_S
+    client: Any,
+    wanted: int,
+    per_host: int,
+    per_tenant: int,
+    flying: Iterable[tuple[str, str]] = (),
+    lease_s: float = LEASE_S,
 ) -> tuple[list[Due], float | None]:
     """Events that are due, leased to the caller, and seconds until more may be (0: at once; None: there are none).
 
-    At most `per_host` of one host come, counting the deliveries to it that `busy` says are under way.
+    At most `per_host` of one host and `per_tenant` of one tenant come, counting those under way: `flying` holds the host and
+    the tenant of each.
     """
-    flying = [text for host, count in busy.items() for text in (host, count)]
-    args = [lease_s, wanted, per_host, LOOKED_AT, STAYING, PUT_OFF_S, *flying]
+    args = [lease_s, wanted, per_host, per_tenant, LOOKED_AT, STAYING, PUT_OFF_S, *chain.from_iterable(flying)]
     wait, *rows = await _take(client, [keys.PREFIX, keys.OUTBOX], args)
     taken = [
         Due(
@@ -163,13 +164,11 @@ async def again(client: Any, tenant: str, event_id: str) -> bool:
     return bool(word == b"pending")
 
 
-async def counts(client: Any) -> Counts:
-    """How many events wait, and how many are dead and can still be seen."""
-    pipe = client.pipeline(transaction=False)
-    pipe.zcard(keys.OUTBOX)
-    pipe.time()
-    pending, (seconds, _) = await pipe.execute()
-    return Counts(pending, await client.zcount(keys.DEAD, seconds - DEAD_KEPT_S, "+inf"))
+def dead_count(client: Any) -> int:
+    """How many events of all tenants were given up and can still be seen, by a sync client. Raises `StoreUnavailable`."""
+    with redis_errors():
+        seconds, _ = client.time()
+        return int(client.zcount(keys.DEAD, seconds - DEAD_KEPT_S, "+inf"))
 
 
 async def secret_of(client: Any, tenant: str) -> str:

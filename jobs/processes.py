@@ -1,4 +1,7 @@
-"""Starting processes that outlive their starter, ending those that must not, and seeing that one can't live."""
+"""Starting processes that outlive their starter, ending those that must not, their logs, and seeing that one can't live.
+
+Imported by the guard, which must start fast: the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from pathlib import Path
 DEATHS = 5
 DEATHS_S = 60.0
 SOON_S = 8.0
+#: A log of earlier processes that is longer is put aside (one is kept).
+LOG_BYTES = 10_000_000
 
 
 class Deaths:
@@ -58,6 +63,21 @@ def spawn_detached(
         )
     finally:
         os.close(output)
+
+
+def put_aside(log: Path, most_bytes: int = LOG_BYTES) -> None:
+    """Begins a log anew that has become longer than that; the earlier one is `NAME.old.log`."""
+    if log.exists() and log.stat().st_size > most_bytes:
+        log.replace(log.with_suffix(".old.log"))
+
+
+def last_line(log: Path) -> str:
+    """What a process said last, and where the rest is."""
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"{lines[-1][:300] if lines else 'it said nothing'} (log: {log})"
 
 
 def end_when_stdin_closes(callback: Callable[[], object]) -> None:

@@ -125,7 +125,8 @@ class Settings(BaseSettings):
     api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port the API listens on; 0: a free one.")
     api_auth: bool = Field(
         True,
-        description="Whether the API asks for a token (`mimoq token create`). Off: loopback only, all jobs are seen.",
+        description="Whether the API asks for a token (`mimoq token create`). Off: it serves this machine's programs alone, "
+        "which see what no token has submitted.",
     )
     api_rpm: Positive | None = Field(
         None, description="HTTP requests a minute of one token, over all API processes, unless the token has its own."

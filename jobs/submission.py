@@ -40,8 +40,8 @@ class NewBatch:
     """What a batch is created with; times in seconds.
 
     `identity` is a digest of what makes a repeated submit the same one, '' for nothing; `content` the digest of what must
-    be the same then, made from the requests where it is ''. `tenant` is whose it is at the API; `metadata` a JSON object and
-    `callback` the address that is told of its end, '' for none.
+    be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API; `metadata` a
+    JSON object and `callback` the address that is told of its end, '' for none.
     """
 
     batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -53,6 +53,7 @@ class NewBatch:
     deadline_s: float | None = None
     identity: str = ""
     content: str = ""
+    beside: str = ""
     answered: bytes = b""
     answered_usage: Usage = NO_USAGE
     metadata: str = ""
@@ -96,7 +97,7 @@ class Submission:
         self._progress = progress
         self._clock = clock
         self._staged = keys.staged(new.batch_id, secrets.token_hex(6))
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = hashlib.blake2b(new.beside.encode(), digest_size=16)
         self._content = new.content
         self._jobs = 0
         self._fields = 0

@@ -38,8 +38,12 @@ class Connection:
     `EmbeddedServerError` when the store can't be had, `UsageError` when its address can't be read.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], object] = log.warning) -> None:
+    def __init__(
+        self, settings: Settings, say: Callable[[str], object] = log.warning, silent_s: float = SOCKET_TIMEOUT_S
+    ) -> None:
         self.settings = settings
+        # Who has little patience does not wait long for a store that stands still either.
+        self._silent_s = min(silent_s, max(LEAST_SILENT_S, settings.store_patience_s))
         self.patience = Patience(settings.store_patience_s, say, self._mend)
         self.server: EmbeddedServer | None = None
         if settings.redis_url is not None:
@@ -60,8 +64,7 @@ class Connection:
             raise
 
     def _connect(self, url: str) -> Any:
-        # Who has little patience does not wait long for a store that stands still either.
-        client = connect(url, min(SOCKET_TIMEOUT_S, max(LEAST_SILENT_S, self.settings.store_patience_s)))
+        client = connect(url, self._silent_s)
         self._clients.append(client)
         return client
 

@@ -8,6 +8,7 @@ with a line. Told to stop, the API goes first, so that nothing new comes in; wha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -24,18 +25,19 @@ from jobs import identity, tokens
 from jobs.errors import MimoqError, NotFound, StoreUnavailable, UsageError
 from jobs.gates import account_gate, open_gate
 from jobs.keys import LANES
-from jobs.settings import PREFIX, Settings
+from jobs.settings import PREFIX, Settings, is_loopback
 from producers.connection import Connection
 from producers.environment import variables
 from producers.interrupts import Interrupts
-from producers.service import STOP_S, Service
+from producers.service import Service
 from producers.simulation import Simulation, simulated
 from producers.source import say
 from producers.workers import Workers
 
-#: The name of its token in the store, and the file in the data folder that holds the text.
-NAME = "serve"
+#: The file in the data folder that holds its token's text.
 TOKEN_FILE = "serve.token"  # noqa: S105 - a name, not a secret
+#: Seconds that the API gets to end: its requests have 10, webhooks under way 6 more, and to close the store takes a moment.
+API_STOP_S = 17.0
 #: Seconds between two looks at the children.
 TICK_S = 0.1
 #: Seconds between two looks at the account's gate.
@@ -72,6 +74,7 @@ class Serve:
             say("simulating: the answers come from mimoq's own simulator on this machine, not from MiMo")
         elif self._settings.api_key is None:
             raise UsageError(f"no API key: set {PREFIX}API_KEY, or try it out with --simulate")
+        check_auth(self._settings)
         check_port(self._settings.api_host, self._settings.api_port)
         with self._interrupts.heard():
             try:
@@ -146,25 +149,38 @@ class Serve:
     # -- the end
 
     def _drain(self) -> None:
-        """Takes no more requests and lets calls in flight end; a second signal ends that."""
+        """Takes no more requests and lets what is in flight end, in the API too; a second signal ends that."""
         assert self._api is not None
         say(f"stopping: calls in flight get up to {self._settings.drain_s:g} s to end; Ctrl-C again to leave now")
         self._api.terminate()
         self._workers.stop()
-        while self._workers.alive and self._interrupts.count < 2:
+        api_end = time.monotonic() + API_STOP_S
+        while self._interrupts.count < 2:
+            if not self._workers.alive and (not self._api.alive or time.monotonic() >= api_end):
+                break
             time.sleep(TICK_S)
         if self._interrupts.count > 1:
             self._workers.kill()
+        self._api.stop(0.0)  # it has ended, or has had its time
 
     def _end(self) -> None:
         hurried = self._interrupts.count > 1
         if self._api is not None:
-            self._api.stop(0.0 if hurried else STOP_S)
+            self._api.stop(0.0 if hurried else API_STOP_S)
         self._workers.end()
         if self._simulation is not None:
             self._simulation.stop()
         if self._connection is not None:
             self._connection.close()
+
+
+def check_auth(settings: Settings) -> None:
+    """Raises `UsageError`, with the API's own words, where it would refuse to listen for others without tokens."""
+    if not settings.api_auth and not is_loopback(settings.api_host):
+        raise UsageError(
+            f"{PREFIX}API_AUTH is off, so the API listens on loopback only, not on {settings.api_host}: "
+            "turn it on, or use --host 127.0.0.1"
+        )
 
 
 def check_port(host: str, port: int) -> None:
@@ -178,6 +194,12 @@ def check_port(host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "is no address of this machine"
         raise UsageError(f"can't listen on {host} port {port}: {reason}; choose another --port or --host") from None
+
+
+def token_name(folder: Path) -> str:
+    """The name of a folder's token in a store that other machines and folders may share, each with a token of its own."""
+    place = f"{socket.gethostname()}\n{folder.resolve()}"
+    return f"serve-{hashlib.blake2b(os.fsencode(place), digest_size=4).hexdigest()}"
 
 
 def kept_token(client: Any, folder: Path) -> str:
@@ -196,11 +218,12 @@ def kept_token(client: Any, folder: Path) -> str:
     found = tokens.find(client, parts[0]) if parts is not None else None
     if found is not None and tokens.matches(found, text):
         return text
+    name = token_name(folder)
     try:
-        text = tokens.replace(client, NAME)
-        say(f"a new token: {path} did not hold the one named {NAME!r}, which is revoked")
+        text = tokens.replace(client, name)
+        say(f"a new token: {path} did not hold the one named {name!r}, which is revoked")
     except NotFound:
-        text = tokens.create(client, NAME)
+        text = tokens.create(client, name)
     _write(path, text)
     return text
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jobs.errors import MimoqError, UsageError
-from jobs.processes import Deaths
-from producers.workers import last_line, put_aside
+from jobs.processes import Deaths, last_line, put_aside
 
 #: Seconds that a service may take until it listens, on a machine that is busy.
 START_S = 60.0
-#: Seconds that a service gets to end.
+#: Seconds that a service gets to end, where its command gives it no others.
 STOP_S = 5.0
 RESTART_S = 0.2
 LISTENING = b"listening on "

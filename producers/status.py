@@ -6,14 +6,12 @@ import dataclasses
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 
-from jobs import identity, keys
-from jobs.connections import redis_errors
+from jobs import identity
 from jobs.gates import Gate, gates_of, server_time
-from jobs.outbox import DEAD_KEPT_S
+from jobs.outbox import dead_count
 from jobs.workers import live_workers
 from producers.connection import Connection
 from producers.producer import batch_of
@@ -52,17 +50,10 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
     for account in sorted({worker.account for worker in workers} | {own}):
         for gate in wait(gates_of, client, account):
             print(gate_line(gate, wait(server_time, client)))
-    if dead := wait(dead_webhooks, client):
+    if dead := wait(dead_count, client):
         print(f"{dead:,} webhook{'' if dead == 1 else 's'} could not be delivered")
     for bound in sorted({bound for worker in workers for bound in worker.bounds}):
         print(f"held back by {bound}")
-
-
-def dead_webhooks(client: Any) -> int:
-    """Webhooks that were given up and can still be seen."""
-    with redis_errors():
-        seconds, _ = client.time()
-        return int(client.zcount(keys.DEAD, seconds - DEAD_KEPT_S, "+inf"))
 
 
 def gate_line(gate: Gate, now: float) -> str:

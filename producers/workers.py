@@ -18,13 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import MimoqError
-from jobs.processes import Deaths
+from jobs.processes import Deaths, last_line, put_aside
 
 RESTART_S = 0.2
-#: A log of earlier processes that is longer is put aside (one is kept).
-LOG_BYTES = 10_000_000
-
-
 #: What is to be rung for: batch id, lane, label of the upstream, times.
 Rings = tuple[str, str, str, int]
 
@@ -173,18 +169,3 @@ def _close(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it never read its line
         process.stdin.close()
-
-
-def put_aside(log: Path) -> None:
-    """Begins a log anew that has become long."""
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.replace(log.with_name(log.name + ".1"))
-
-
-def last_line(log: Path) -> str:
-    """What a process said last, and where the rest is."""
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return f"{lines[-1][:300] if lines else 'it said nothing'} (log: {log})"

@@ -1,8 +1,9 @@
 #!lua flags=no-writes
--- Counts the jobs of open batches, some batches in one call: what the metrics show. Reads only.
+-- Counts the jobs of batches, some batches in one call: what the metrics show. Reads only.
 --
 -- KEYS[1] prefix
--- ARGV[1] rank of the first open batch to look at, the oldest first    ARGV[2] how many
+-- ARGV[1] rank of the first batch to look at    ARGV[2] how many
+-- ARGV[3] '': of the open batches, the oldest first; or a lane: of those with ready work in it, each upstream's next first
 --
 -- Returns {batches looked at, then for each lane {its name, jobs queued, running, ready: those queued that may be claimed now,
 -- time of the submit of the oldest batch that has some, or ''}}.
@@ -11,7 +12,23 @@
 
 local at = stamp(now())
 local first = tonumber(ARGV[1])
-local batches = redis.call('ZRANGE', prefix .. 'open', first, first + tonumber(ARGV[2]) - 1)
+local last = first + tonumber(ARGV[2])
+local lists = {}
+if ARGV[3] == '' then
+  lists[1] = prefix .. 'open'
+else
+  for _, name in ipairs(redis.call('SMEMBERS', prefix .. 'lanes')) do
+    if string.match(name, '^(%a+):') == ARGV[3] then lists[#lists + 1] = prefix .. 'lane:' .. name end
+  end
+end
+
+-- Each list has its share of the ranks, so that however many there are, none is missed and no batch comes twice.
+local batches = {}
+for _, list in ipairs(lists) do
+  local share = redis.call('ZRANGE', list, math.ceil(first / #lists), math.ceil(last / #lists) - 1)
+  for _, batch in ipairs(share) do batches[#batches + 1] = batch end
+end
+
 local lanes = {}
 local found = {#batches}
 

@@ -4,21 +4,25 @@
 --
 -- KEYS[1] prefix    KEYS[2] the outbox (zset)
 -- ARGV[1] lease in seconds    ARGV[2] events wanted, at most    ARGV[3] deliveries at once to one host
--- ARGV[4] events looked at, at most
--- ARGV[5] how many that are due, but for a busy host, stay where they are    ARGV[6] seconds the others are put off
--- ARGV[7..] host and deliveries under way to it in this process, in turn
+-- ARGV[4] deliveries at once of one tenant    ARGV[5] events looked at, at most
+-- ARGV[6] how many that are due, but of a busy host or tenant, stay where they are    ARGV[7] seconds the others are put off
+-- ARGV[8..] host and tenant of each delivery under way in this process, in turn
 --
 -- Returns {seconds until more may be due or '', {id, host, number of the try, tries since its last beginning, type,
 -- subject, url, tenant, created_at}, ...}.
 --
--- What is put off would stand between this process and other hosts' events, however many there are for one host.
+-- What is put off would stand between this process and the others' events, however many one host or tenant has.
 
 --!include common.lua
 
-local lease, wanted, per_host, look = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local stay, put_off = tonumber(ARGV[5]), tonumber(ARGV[6])
-local busy = {}
-for i = 7, #ARGV, 2 do busy[ARGV[i]] = tonumber(ARGV[i + 1]) end
+local lease, wanted, per_host, per_tenant = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local look, stay, put_off = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local to_host, of_tenant = {}, {}
+local function fly(host, tenant)
+  to_host[host] = (to_host[host] or 0) + 1
+  of_tenant[tenant] = (of_tenant[tenant] or 0) + 1
+end
+for i = 8, #ARGV, 2 do fly(ARGV[i], ARGV[i + 1]) end
 
 local function host_of(url)
   local rest = string.lower(string.match(url, '^%a+://(.*)$') or url)
@@ -36,9 +40,8 @@ for _, id in ipairs(due) do
     redis.call('ZREM', KEYS[2], id)
   elseif e[1] == 'webhook' then
     local host = host_of(e[2])
-    local flying = busy[host] or 0
-    if flying < per_host then
-      busy[host] = flying + 1
+    if (to_host[host] or 0) < per_host and (of_tenant[e[5]] or 0) < per_tenant then
+      fly(host, e[5])
       redis.call('ZADD', KEYS[2], stamp(at + lease), id)
       local try = redis.call('HINCRBY', key, 'attempts', 1)
       reply[#reply + 1] = {id, host, try, try - tonumber(e[7] or '0'), e[3], e[4], e[2], e[5], e[6]}

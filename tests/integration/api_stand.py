@@ -221,7 +221,7 @@ async def core_standing(store_url: str, **settings: Any) -> AsyncIterator[tuple[
     transport = httpx.ASGITransport(guarded(app, core))
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://api", timeout=HANGS_S) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=HANGS_S) as client,
     ):
         yield core, client
         core.stop()

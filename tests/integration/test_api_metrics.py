@@ -17,6 +17,7 @@ from jobs.connections import connect, connect_async
 from jobs.gates import server_time
 from jobs.identity import account_of
 from jobs.metrics import TABLE
+from jobs.outbox import DEAD_KEPT_S
 from jobs.requests import CHAT, Request
 from jobs.settings import Settings, load_settings
 from jobs.store import NewBatch, Store
@@ -118,6 +119,51 @@ def test_no_more_open_batches_are_looked_at_than_said(store: Store, monkeypatch:
     assert found["mimoq_jobs", "bulk", "queued"] == 6
 
 
+def test_a_lane_behind_a_thousand_single_jobs_shows(store: Store) -> None:
+    for lane, count in (("bulk", 1_010), ("interactive", 16)):
+        for _ in range(count):
+            store.submit(requests(1), NewBatch(lane=lane))
+    found = look(store)
+    assert of(found, "mimoq_ready_jobs") == {("bulk",): 1_010, ("interactive",): 16}
+    assert of(found, "mimoq_jobs") == {("bulk", "queued"): 1_010, ("interactive", "queued"): 16}
+    assert found["mimoq_open_batches_read",] == 1_026
+
+
+def test_a_lane_whose_batches_are_all_younger_is_looked_at_itself(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.metrics.BATCHES", 3)
+    monkeypatch.setattr("api.metrics.STEP", 2)
+    monkeypatch.setattr("api.metrics.NEXT", 6)
+    for _ in range(5):
+        store.submit(requests(2), NewBatch())
+    now = server_time(store.client)
+    # Two upstreams, one with more to do than its share of a step.
+    for label, age in (("here", 10), ("here", 20), ("there", 5), ("here", 300)):
+        batch = store.submit(requests(1), NewBatch(lane="interactive", label=label))[0]
+        store.client.hset(keys.batch(batch), "created_at", now - age)
+    paused = store.submit(requests(1), NewBatch(lane="interactive", label="there"))[0]
+    store.client.hset(keys.batch(paused), "created_at", now - 900)
+    store.pause(paused)
+    found = look(store)
+    assert of(found, "mimoq_ready_jobs") == {("bulk",): 6, ("interactive",): 4}
+    assert 300 <= found["mimoq_oldest_ready_job_age_seconds", "interactive"] < 360
+    assert (found["mimoq_open_batches",], found["mimoq_open_batches_read",]) == (10, 3)
+    monkeypatch.setattr("api.metrics.NEXT", 2)  # the head of each of the two
+    assert 1 <= look(store)["mimoq_ready_jobs", "interactive"] <= 2
+
+
+def test_a_store_that_is_slow_is_not_looked_at_to_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.metrics.STEPS_S", 0.0)
+    monkeypatch.setattr("api.metrics.STEP", 2)
+    for _ in range(5):
+        store.submit(requests(1), NewBatch())
+    store.submit(requests(1), NewBatch(lane="interactive"))
+    found = look(store)
+    assert (found["mimoq_store_up",], found["mimoq_open_batches_read",]) == (1, 2)
+    assert of(found, "mimoq_ready_jobs") == {("bulk",): 2, ("interactive",): 1}
+
+
 def test_a_batch_that_is_gone_is_passed_over(store: Store) -> None:
     batch = store.submit(requests(2), NewBatch())[0]
     store.client.delete(keys.batch(batch))
@@ -126,7 +172,8 @@ def test_a_batch_that_is_gone_is_passed_over(store: Store) -> None:
 
 def test_webhooks_by_what_becomes_of_them(store: Store) -> None:
     store.client.zadd(keys.OUTBOX, {"evt_a": 1, "evt_b": 2})
-    store.client.zadd(keys.DEAD, {"evt_c": 1})
+    now = server_time(store.client)
+    store.client.zadd(keys.DEAD, {"evt_c": now - 10, "evt_d": now - DEAD_KEPT_S - 10})  # of evt_d nothing can be seen
     found = look(store)
     assert (found["mimoq_webhooks_pending",], found["mimoq_webhooks_dead",]) == (2, 1)
 

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +20,7 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
 
-from api import deliverer
+from api import deliverer, outbound
 from api.deliverer import JITTER, WAITS_S, Deliverer
 from api.outbound import Outbound
 from jobs import keys, outbox
@@ -41,8 +43,8 @@ async def delivering(
 ) -> AsyncIterator[asyncio.Task[None]]:
     """A deliverer at work, with waits of nearly nothing unless it is told otherwise."""
     told: list[str] = [] if counted is None else counted
-    async with Outbound(open_settings()) as outbound:
-        one = Deliverer(client, outbound.post, told.append, **{"waits_s": AT_ONCE, **options})
+    async with Outbound(open_settings()) as calls:
+        one = Deliverer(client, calls.post, told.append, **{"waits_s": AT_ONCE, **options})
         task = asyncio.create_task(one.run())
         try:
             yield task
@@ -247,11 +249,11 @@ def test_a_process_that_dies_between_taking_and_telling_is_made_up_for(store_url
     async def main(client: Any) -> None:
         async with receiving() as receiver:
             await put(client, "evt_b_1", url=receiver.url)
-            (due,), _ = await outbox.take(client, 1, 1, {}, lease_s=0.3)
-            async with Outbound(open_settings()) as outbound:
+            (due,), _ = await outbox.take(client, 1, 1, 1, lease_s=0.3)
+            async with Outbound(open_settings()) as calls:
                 sent = deliverer.payload(due)
                 secret = await outbox.secret_of(client, "t")
-                assert (await outbound.post(due.url, sent, deliverer.signed(due.id, sent, secret, time.time()))).ok
+                assert (await calls.post(due.url, sent, deliverer.signed(due.id, sent, secret, time.time()))).ok
             async with delivering(client):
                 await settled(client, "evt_b_1", "delivered")
             assert receiver.ids == ["evt_b_1", "evt_b_1"]
@@ -275,6 +277,44 @@ def test_a_slow_host_holds_its_own_places_and_no_others(store_url: str) -> None:
             slow.gate.set()
             await until(lambda: len(slow.received) == 20)
             assert slow.most == deliverer.PER_HOST
+
+    drive(store_url, main)
+
+
+@pytest.mark.parametrize("silent", ["receivers", "names"])
+def test_a_tenant_of_many_silent_hosts_holds_its_own_places_and_no_others(
+    store_url: str, silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = 100
+    asked: list[str] = []
+    answered = threading.Event()
+
+    def look_up(host: str, port: int, family: socket.AddressFamily) -> list[Any]:
+        asked.append(host)
+        if silent == "names" and host.startswith("silent"):
+            answered.wait(60)
+        return list(socket.getaddrinfo("127.0.0.1", port, socket.AF_INET, socket.SOCK_STREAM))
+
+    monkeypatch.setattr(outbound, "_look_up", look_up)
+
+    async def main(client: Any) -> None:
+        async with receiving() as slow, receiving() as quick:
+            if silent == "receivers":
+                slow.gate.clear()
+            for number in range(hosts):
+                await put(client, f"evt_{number}_1", url=slow.url.replace("127.0.0.1", f"silent{number}.example"))
+            try:
+                async with delivering(client):
+                    await until(lambda: len(asked) == deliverer.PER_TENANT)
+                    await put(client, "evt_other_1", url=quick.url.replace("127.0.0.1", "quick.example"), tenant="u")
+                    await settled(client, "evt_other_1", "delivered")
+                    assert len(asked) == deliverer.PER_TENANT + 1, "the other tenant's is the one that came through"
+                    answered.set()
+                    slow.gate.set()
+                    await until(lambda: len(slow.received) == hosts)
+                    assert slow.most <= deliverer.PER_TENANT
+            finally:
+                answered.set()
 
     drive(store_url, main)
 
@@ -393,8 +433,8 @@ def test_a_spoilt_secret_is_a_failure_like_others(store_url: str) -> None:
 
 def test_a_refused_address_is_on_record(store_url: str) -> None:
     async def main(client: Any) -> None:
-        async with receiving() as receiver, Outbound(Settings(webhook_allow_http=True)) as outbound:
-            one = Deliverer(client, outbound.post)
+        async with receiving() as receiver, Outbound(Settings(webhook_allow_http=True)) as calls:
+            one = Deliverer(client, calls.post)
             task = asyncio.create_task(one.run())
             await put(client, "evt_b_1", url=receiver.url)
             event = await tried(client, "evt_b_1", 1)

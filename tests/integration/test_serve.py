@@ -9,7 +9,8 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from typing import Any
 import httpx
 import pytest
 
+import api.__main__ as api_main
+from api.deliverer import GRACE_S
 from jobs import tokens
 from jobs.connections import connect
 from jobs.errors import MimoqError, UsageError
+from jobs.processes import put_aside
+from jobs.settings import load_settings
 from ops.simulator import running_simulator
-from producers.serve import check_port, curl_line, kept_token
+from producers.serve import API_STOP_S, Serve, ServeOptions, check_port, curl_line, kept_token, token_name
 from producers.service import Service
+from producers.workers import Workers
 from tests.integration.commands import Box, Command, opened
 from tests.waiting import wait_for
 
@@ -71,6 +77,14 @@ def test_a_port_that_is_taken_and_a_key_that_is_missing(box: Box) -> None:
     )
     assert "no API key" in box.run("serve", "--port", "0", status=2).err
     assert not (box.folder / ".mimoq").exists()
+
+
+def test_without_tokens_it_listens_on_loopback_only_as_the_api_does(box: Box) -> None:
+    ended = box.run("serve", "--simulate", "--host", "0.0.0.0", "--port", "0", status=2, api_auth="false")
+    assert not (box.folder / ".mimoq").exists()
+    with pytest.raises(UsageError, match="MIMOQ_API_AUTH is off") as refused:
+        api_main.serve(load_settings(api_auth=False, api_host="0.0.0.0", api_port=0, data_dir=box.folder), False)
+    assert ended.err.splitlines()[-1] == f"mimoq: {refused.value}"
 
 
 def test_an_address_that_is_not_of_this_machine() -> None:
@@ -157,13 +171,32 @@ def test_the_token_is_kept_in_a_file_and_replaced_where_the_store_does_not_know_
             assert (file.read_text(), file.stat().st_mode & 0o777) == (f"{text}\n", 0o600)
             (now,) = tokens.all_tokens(client)
             assert tokens.matches(now, text)
-            assert (now.name, now.tenant) == ("serve", known.tenant)
+            assert (now.name, now.tenant) == (token_name(tmp_path), known.tenant)
             assert "a new token" in capsys.readouterr().err
         file.unlink()
         assert kept_token(client, tmp_path) != text
         client.flushall()
         assert kept_token(client, tmp_path) == file.read_text().strip()
         assert [path.name for path in tmp_path.iterdir()] == ["serve.token"]
+
+
+def test_services_that_share_a_store_leave_each_others_tokens_and_those_of_users_alone(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (tmp_path / "link").symlink_to(one)
+    with contextlib.closing(connect(store_url)) as client:
+        made = [tokens.create(client, "serve"), kept_token(client, one), kept_token(client, two)]
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+        assert kept_token(client, tmp_path / "link") == made[1]  # whatever the machine is called now
+        (one / "serve.token").unlink()
+        made.append(kept_token(client, one))
+        known = tokens.all_tokens(client)
+        assert all(tokens.matches(token, text) for token, text in zip(known, made, strict=True))
+        assert len({token.tenant for token in known}) == 4
+    assert token_name(tmp_path / "link") == token_name(one) != token_name(two)
 
 
 def test_a_token_file_that_can_not_be_is_one_line(store_url: str, tmp_path: Path) -> None:
@@ -183,7 +216,7 @@ def test_the_line_to_paste() -> None:
 # -- a process that listens
 
 LISTENER = """
-import os, socket, sys
+import os, signal, socket, sys, time
 with open("starts", "a") as file:
     file.write("x")
 what = os.environ["WHAT"]
@@ -195,6 +228,14 @@ print("listening on http://127.0.0.1:%d" % server.getsockname()[1], flush=True)
 if what == "die":
     print("dying", file=sys.stderr)
     sys.exit(3)
+if what == "linger":
+    def told(*_):
+        open("told", "x").close()
+    signal.signal(signal.SIGTERM, told)
+    print("ready", file=sys.stderr, flush=True)
+    while not os.path.exists("done"):
+        time.sleep(0.01)
+    sys.exit(0)
 os.read(0, 1)
 """
 
@@ -252,3 +293,61 @@ def test_a_service_that_refuses_its_settings_is_told_at_once(tmp_path: Path, mon
     with pytest.raises(UsageError, match=r"the listener did not start: no such thing \(log: "):
         service.wait()
     assert (tmp_path / "starts").read_text() == "x"
+
+
+# -- the API's end
+
+
+def test_the_api_gets_the_time_it_gives_its_requests_and_webhooks() -> None:
+    assert api_main.STOP_S + GRACE_S + 1 < API_STOP_S
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [(lambda _, folder: (folder / "done").touch(), 0), (lambda serve, _: setattr(serve._interrupts, "count", 2), -9)],
+    ids=["it ends", "a second signal"],
+)
+def test_an_api_that_is_still_busy_is_waited_for_until_a_second_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Callable[[Serve, Path], None], status: int
+) -> None:
+    service = listener(tmp_path, monkeypatch, "linger")
+    service.wait()
+    wait_for(lambda: "ready" in (tmp_path / "log").read_text())
+    serve = Serve(ServeOptions(simulate=True), load_settings(data_dir=tmp_path), Workers())
+    serve._api = service
+
+    def look() -> None:
+        wait_for((tmp_path / "told").exists)
+        then(serve, tmp_path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    serve._drain()
+    watcher.join()
+    serve._end()
+    assert service._process.returncode == status
+
+
+def test_an_api_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = listener(tmp_path, monkeypatch, "linger")
+    service.wait()
+    wait_for(lambda: "ready" in (tmp_path / "log").read_text())
+    monkeypatch.setattr("producers.serve.API_STOP_S", 0.2)
+    serve = Serve(ServeOptions(simulate=True), load_settings(data_dir=tmp_path), Workers())
+    serve._api = service
+    serve._drain()
+    assert service._process.returncode == -9
+
+
+# -- logs
+
+
+def test_a_log_that_has_become_long_is_put_aside(tmp_path: Path) -> None:
+    log = tmp_path / "api.log"
+    put_aside(log)
+    log.write_text("x" * 11)
+    put_aside(log, 11)
+    assert log.exists()
+    put_aside(log, 10)
+    assert not log.exists()
+    assert (tmp_path / "api.old.log").read_text() == "x" * 11

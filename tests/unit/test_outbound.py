@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +17,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 import api.outbound
-from api.outbound import MAX_ANSWER, MAX_URL, Answer, Outbound, check_url, is_public, retry_after_s
+from api.addresses import MAX_URL, check_url, is_public
+from api.deliverer import PER_TENANT
+from api.outbound import MAX_ANSWER, Answer, Outbound, retry_after_s
 from jobs.errors import UsageError
 from jobs.settings import Settings
 from tests import network
@@ -125,6 +128,10 @@ def test_what_is_everybodys_is_public(address: str) -> None:
         "https://8.8.8.8/a",
         "https://[2606:4700::1111]:444/a",
         "https://xn--bcher-kva.example/",
+        "https://hooks.example./",
+        "https://a_b-c.example/",
+        f"https://{'a' * 63}.example/",
+        f"https://{'a.' * 126}a/",
         "https://hooks.example/" + "a" * (MAX_URL - 22),
     ],
 )
@@ -169,6 +176,23 @@ def test_an_ordinary_address_is_fine(url: str) -> None:
         ("https://0177.0.0.1/", "as a number"),
         ("https://127.1/", "as a number"),
         ("https://127.0.0.1./", "as a number"),
+        *(
+            (f"https://{host}/", "a host that can't be")
+            for host in (
+                "a..b",
+                ".",
+                ".a",
+                "a..",
+                "%",
+                "a%20b",
+                "hooks%2eexample",
+                "a,b",
+                "a" * 64,
+                f"hooks.{'a' * 64}.example",
+                "a." * 127 + "a",
+            )
+        ),
+        ("https://xn--a/", "can't be read"),
         ("https://[fe80::1%25eth0]/", "as a number|can't be read"),
         *((f"https://{host}/", "not public") for host in PRIVATE if host.count(".") == 3 and ":" not in host),
         *((f"https://[{host}]/", "not public") for host in PRIVATE if ":" in host and "%" not in host),
@@ -282,6 +306,10 @@ def drive(main: Coroutine[Any, Any, None]) -> None:
 async def post(url: str, settings: Settings = OPEN, **options: Any) -> Answer:
     async with Outbound(settings, **options) as outbound:
         return await outbound.post(url, BODY, {"webhook-id": "evt_1"})
+
+
+async def expect(url: str, error: str) -> None:
+    assert await post(url) == Answer(error=error)
 
 
 def test_a_call_brings_its_status_and_sends_what_it_should() -> None:
@@ -437,6 +465,29 @@ def test_a_name_server_that_says_nothing_is_cut() -> None:
     drive(main())
 
 
+def test_lookups_that_outlast_their_calls_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, answered = api.outbound._look_up, threading.Event()
+
+    def silent(host: str, *rest: Any) -> list[Any]:
+        if host.startswith("silent"):
+            answered.wait(60)
+        return look_up("localhost", *rest)
+
+    monkeypatch.setattr(api.outbound, "_look_up", silent)
+
+    async def main() -> None:
+        async with serving() as server, Outbound(OPEN, total_s=0.5) as outbound:
+            for _ in range(3):
+                calls = [outbound.post(f"http://silent{number}.example/", BODY, {}) for number in range(PER_TENANT)]
+                assert set(await asyncio.gather(*calls)) == {Answer(error="timeout")}
+            assert await outbound.post(server.url("hooks.example"), BODY, {}) == Answer(200)
+
+    try:
+        drive(main())
+    finally:
+        answered.set()
+
+
 def test_a_body_that_drips_is_cut_and_its_status_counts() -> None:
     async def drip(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
@@ -537,6 +588,15 @@ def test_nobody_there_and_nobody_known() -> None:
         assert await post("http://hooks.example/", resolver=Unknown([])) == Answer(error="unknown_host")
 
     drive(main())
+
+
+@pytest.mark.parametrize("host", ["a..b", ".", "a" * 64])
+def test_a_host_that_can_be_no_name_is_unknown_if_it_slipped_through(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.outbound, "check_url", lambda url, settings: URL(url))
+    monkeypatch.setattr(network, "is_local", lambda host: True)
+    drive(expect(f"http://{host}/", "unknown_host"))
 
 
 def test_a_receiver_without_tls_is_not_called_over_https() -> None:
