@@ -24,7 +24,8 @@ import uvloop
 from jobs import logs
 from jobs.errors import MimoqError, UsageError
 from jobs.processes import end_when_stdin_closes
-from jobs.settings import Settings, is_loopback, load_settings
+from jobs.settings import Settings, load_settings
+from producers.serve import check_auth
 
 #: Seconds that requests get to end once the process has been told to stop.
 STOP_S = 10.0
@@ -51,14 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings, exit_with_stdin: bool) -> int:
     """Serves with these settings. Raises `MimoqError` where it can't."""
-    host = settings.api_host
-    if not settings.api_auth and not is_loopback(host):
-        raise UsageError(
-            f"MIMOQ_API_AUTH is off, so the API listens on loopback only, not on {host}: "
-            "turn it on, or use --host 127.0.0.1"
-        )
+    check_auth(settings)
     _raise_file_limit()
-    listener = _listen(host, settings.api_port)
+    listener = _listen(settings.api_host, settings.api_port)
     from api.app import guarded, make_app
     from api.core import Core
     from api.wire import Wire
@@ -77,7 +73,7 @@ def serve(settings: Settings, exit_with_stdin: bool) -> int:
         date_header=True,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(STOP_S),
-        h11_max_incomplete_event_size=None,
+        backlog=BACKLOG,
     )
     if exit_with_stdin:
         end_when_stdin_closes(lambda: signal.raise_signal(signal.SIGTERM))

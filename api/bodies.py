@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import msgspec
@@ -11,10 +12,14 @@ from starlette.requests import ClientDisconnect, Request
 
 from api.core import Core
 from api.problems import Problem
-from api.routing import core_of
+from api.routing import caller_of, core_of
 
 #: Seconds that a body may stand still.
 CHUNK_S = 30.0
+
+#: Bytes from which on a body is large, and how many of these one tenant may have read at once.
+LARGE_BYTES = 1_000_000
+TENANT_LARGE = 8
 
 T = TypeVar("T")
 
@@ -55,6 +60,17 @@ async def _next(core: Core, stream: AsyncIterator[bytes]) -> bytes | None:
                 503, "stopping", "this process is being stopped; nothing was submitted", headers=again
             ) from None
         raise Problem(408, "too_slow", f"of the body nothing has come for {CHUNK_S:g} s") from None
+
+
+def place(request: Request) -> AbstractContextManager[None]:
+    """Room for a body in memory until it has been submitted: a tenant has a few large ones at once, others need none.
+
+    Raises a `Problem` (429) as it is entered.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < 20 and int(declared) <= LARGE_BYTES:
+        return nullcontext()
+    return core_of(request).turn(caller_of(request).tenant, "large bodies", TENANT_LARGE)
 
 
 async def read(request: Request, most: int) -> bytes:

@@ -24,7 +24,7 @@ from api.problems import Problem, problem_of, protocol_of
 from api.routing import Route, caller_of, core_of, takes
 from api.submitting import KEY_BOUNDS, identity_of
 from jobs import joins
-from jobs.errors import Conflict, InvalidRequest, MimoqError
+from jobs.errors import Conflict, InvalidRequest, MimoqError, StoreFull
 from jobs.looks import JobLook
 from jobs.requests import CHAT, MESSAGES, parse_body
 from jobs.results import NO_BODY_JSON
@@ -106,7 +106,24 @@ async def create_message(request: Request, key: Key = None, retry: Retry = None)
 
 async def _call(request: Request, endpoint: str, key: str | None, retry: str | None) -> Response:
     core, caller = core_of(request), caller_of(request)
-    body = await bodies.read(request, core.settings.api_max_body_bytes)
+    again = retry is not None and retry.isascii() and retry.isdecimal() and retry.strip("0") != ""
+    with bodies.place(request):
+        body = await bodies.read(request, core.settings.api_max_body_bytes)
+        single, asked = await core.aside(len(body), lambda: _read(core, caller, endpoint, body, key, again))
+        try:
+            batch_id = (await core.submit(single)).batch_id
+        except Conflict as error:
+            raise Problem(409, "conflict", str(error), headers=FINAL) from None
+        except StoreFull:
+            found = await core.threads.call(lambda store: joins.join(store.client, single.join)) if again else None
+            if found is None:
+                raise
+            batch_id = found
+    return WaitingCall(core, caller, batch_id, single.join, endpoint, asked)
+
+
+def _read(core: Core, caller: Caller, endpoint: str, body: bytes, key: str | None, again: bool) -> tuple[Single, Asked]:
+    """What a call asks for. Raises a `Problem`."""
     try:
         made = parse_body(body, endpoint, model=core.model)
         asked = _decode_asked(made.body)
@@ -115,25 +132,16 @@ async def _call(request: Request, endpoint: str, key: str | None, retry: str | N
     except msgspec.ValidationError:
         raise Problem(400, "invalid_request", "stream_options: must be an object") from None
     digest = joins.digest_of(caller.tenant, endpoint, body)
-    batch_id = None
-    if retry is not None and retry.isascii() and retry.isdecimal() and retry.strip("0"):
-        batch_id = await core.threads.call(lambda store: store.patience.call(joins.join, store.client, digest))
-    if batch_id is None:
-        new = NewBatch(
-            lane="interactive",
-            label=core.label,
-            slice_size=core.settings.slice_size,
-            ttl_s=core.settings.result_ttl_s,
-            identity=identity_of(caller, key) if key is not None else "",
-            content=digest if key is not None else "",
-            tenant=caller.tenant,
-        )
-        join_s = math.ceil(core.settings.sync_timeout_s) + JOIN_S
-        try:
-            batch_id = (await core.submit(Single(new, made, digest, join_s))).batch_id
-        except Conflict as error:
-            raise Problem(409, "conflict", str(error), headers=FINAL) from None
-    return WaitingCall(core, caller, batch_id, digest, endpoint, asked)
+    new = NewBatch(
+        lane="interactive",
+        label=core.label,
+        slice_size=core.settings.slice_size,
+        ttl_s=core.settings.result_ttl_s,
+        identity=identity_of(caller, key) if key is not None else "",
+        content=digest if key is not None else "",
+        tenant=caller.tenant,
+    )
+    return Single(new, made, digest, math.ceil(core.settings.sync_timeout_s) + JOIN_S, again), asked
 
 
 class WaitingCall(Response):
@@ -179,6 +187,8 @@ class WaitingCall(Response):
             return Response(bytes(look.stored.result), headers=self._own, media_type="application/json")
         if (passed := _upstream_error(look)) is not None:
             status, body = passed
+            if self._protocol == "anthropic":
+                body = _as_anthropic(body, request_id)
             return Response(body, status, headers=self._own | FINAL, media_type="application/json")
         problem = self._problem(look)
         body = problem.body(self._protocol, request_id)
@@ -261,6 +271,14 @@ def _upstream_error(look: JobLook) -> tuple[int, bytes] | None:
     except (msgspec.MsgspecError, KeyError):
         return None
     return (failure.status, bytes(failure.body)) if isinstance(error, dict) else None
+
+
+def _as_anthropic(body: bytes, request_id: str) -> bytes:
+    """An error of the upstream as Anthropic's protocol has it: as it came, if it has that shape."""
+    error = _decode_object(body)
+    if "type" in error:
+        return body
+    return msgspec.json.encode({"type": "error", "error": error["error"], "request_id": request_id})
 
 
 def _blocks(events: Iterator[bytes]) -> Iterator[bytes]:

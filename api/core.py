@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
@@ -42,6 +42,8 @@ LOOK_WINDOW_S = 0.0
 #: Batches that are read at once, as lines (each waits for its sender most of the time) and inline.
 UPLOADS = 32
 INLINE = 4
+#: Bytes of a body that is read in a thread: this many take some milliseconds.
+ASIDE_BYTES = 128 * 1024
 #: Threads of results and progress that are followed.
 STREAMS = 4
 #: Seconds to tell the last counts.
@@ -50,6 +52,8 @@ LAST_S = 2.0
 SERVER_S = 1.0
 #: Seconds between two cancellations of a task that has to end.
 END_S = 0.2
+
+T = TypeVar("T")
 
 log = structlog.get_logger("api")
 
@@ -201,6 +205,10 @@ class Core:
         if status.tenant != caller.tenant:
             raise not_found("batch")
         return status
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` makes of so many bytes: of many in a thread, because others wait meanwhile."""
+        return await self.inline.call(lambda _: work()) if size > ASIDE_BYTES else work()
 
     @contextmanager
     def turn(self, tenant: str, what: str, most: int) -> Iterator[None]:

@@ -6,6 +6,8 @@ wrong into an answer in the shape of the protocol that was called. Every path ne
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import itertools
 import secrets
 import time
@@ -29,6 +31,13 @@ WAITING = frozenset({"/v1/chat/completions", "/v1/messages"})
 #: Bytes of all headers of a request.
 HEADER_BYTES = 32_768
 
+_ENDED = Problem(
+    503,
+    "stopping",
+    "this process is being stopped; if this was a submit, it may have been made: look for it before you send it again",
+    headers={"Retry-After": "1"},
+)
+
 log = structlog.get_logger("api")
 
 #: Told of each answer: route template (None: no route fits), method, status, seconds.
@@ -43,8 +52,9 @@ class Door:
         self._auth = auth
         self._rates = rates
         self._observe = observe
-        self._ids = secrets.token_hex(8)  # of this process; chance for each request would be a system call for each
-        self._numbers = itertools.count(1)
+        # Ids that tell nothing of how many there were. Chance for each request would be a system call for each.
+        self._key = secrets.token_bytes(32)
+        self._numbers = itertools.count()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
@@ -52,7 +62,8 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        request_id = f"req_{self._ids}{next(self._numbers):08x}"
+        number = next(self._numbers).to_bytes(8, "big")
+        request_id = f"req_{hashlib.blake2b(number, key=self._key, digest_size=12).hexdigest()}"
         scope["request_id"] = request_id
         status, whole = 0, False
 
@@ -68,6 +79,9 @@ class Door:
         try:
             await self._admit(scope)
             await self._app(scope, receive, answer)
+        except asyncio.CancelledError:  # by the server, whose patience at the end is over
+            if not status:
+                await answer_to(scope, _ENDED)(scope, receive, answer)
         except Exception as error:
             if whole:  # the answer told of this very error, or it came too late to matter to whoever asked
                 if status < 500:

@@ -59,26 +59,25 @@ async def submit_job(request: Request, wait: Wait = 0.0, key: Key = None) -> Res
     core, caller = core_of(request), caller_of(request)
     if wait:
         caller.need("read")
-    body = await bodies.read(request, core.settings.api_max_body_bytes)
+    with bodies.place(request):
+        body = await bodies.read(request, core.settings.api_max_body_bytes)
+        single = await core.aside(len(body), lambda: _read(core, caller, body, key))
+        submitted = await core.submit(single)
+    if not wait and submitted.created_at:
+        return _job(core, caller, queued(single, submitted), 202)
+    look = await _waited(core, caller, job_id(submitted.batch_id, 0), wait)
+    ended = look.state.terminal and wait > 0
+    return _job(core, caller, look, 202 if submitted.created and not ended else 200)
+
+
+def _read(core: Core, caller: Caller, body: bytes, key: str | None) -> Single:
+    """The job that a body asks for. Raises a `Problem` or `InvalidRequest`."""
     new = bodies.decode(body, _new_job)
     if new.custom_id is not None:
         check_custom_id(new.custom_id)
     made = parse_body(bytes(new.request), new.endpoint, model=core.model, custom_id=new.custom_id)
     content = bodies.decode(body, _anything) if key is not None else None
-    single = Single(submitting.new_batch(core, caller, new, key, content), made)
-    if not wait:
-        submitted = await core.submit(single)
-        if submitted.created_at:
-            return _job(core, caller, queued(single, submitted), 202)
-        look = await core.look(caller, job_id(submitted.batch_id, 0))
-        return _job(core, caller, look, 202 if submitted.created else 200)
-    async with core.waiters.on(single.new.batch_id, 0) as waiter:
-        submitted = await core.submit(single)
-        if submitted.created:
-            look = await core.wait(caller, waiter, job_id(submitted.batch_id, 0), wait)
-            return _job(core, caller, look, 200 if look.state.terminal else 202)
-    look = await _waited(core, caller, job_id(submitted.batch_id, 0), wait)
-    return _job(core, caller, look, 200)
+    return Single(submitting.new_batch(core, caller, new, key, content), made)
 
 
 def _job(core: Core, caller: Caller, look: JobLook, status: int = 200) -> Response:

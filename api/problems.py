@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from jobs.errors import Conflict, InvalidRequest, MimoqError, NoRoom, NotFound, StoreUnavailable, UsageError
+from jobs.errors import (
+    Conflict,
+    InvalidRequest,
+    MimoqError,
+    NoRoom,
+    NotFound,
+    StoreFull,
+    StoreUnavailable,
+    UsageError,
+)
 
 Protocol = Literal["native", "openai", "anthropic"]
 
@@ -112,7 +121,9 @@ def problem_of(error: MimoqError) -> Problem:
     if isinstance(error, UsageError):
         return Problem(422, "invalid", str(error))
     if isinstance(error, NoRoom):
-        return Problem(507, "no_room", str(error))
+        return Problem(507, "no_room", error.plain)
+    if isinstance(error, StoreFull):
+        return Problem(507, "store_full", str(error))
     if isinstance(error, StoreUnavailable):
         again = {"Retry-After": str(STORE_AWAY_S)}
         return Problem(503, "store_unavailable", str(error), headers=again)

@@ -39,6 +39,10 @@ class StoreUnavailable(MimoqError):
     """Redis did not answer in time; nothing that was acknowledged is lost."""
 
 
+class Unanswered(StoreUnavailable):
+    """Nobody has answered: what was to be submitted may have been, or may still be."""
+
+
 class StoreFull(StoreUnavailable):
     """Redis answers but takes nothing more: it is out of memory, or of disk."""
 
@@ -48,7 +52,12 @@ class StoreRefused(StoreUnavailable):
 
 
 class NoRoom(MimoqError):
-    """Redis would have no room for the answers of what was to be submitted; nothing was."""
+    """Redis would have no room for the answers of what was to be submitted; nothing was.
+
+    `plain` says so to who must not learn how much others have submitted.
+    """
+
+    plain = "no room for the answers in the store; nothing was submitted: try again later, or submit fewer"
 
 
 class EmbeddedServerError(MimoqError):

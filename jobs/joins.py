@@ -1,7 +1,8 @@
 """Joins: a waiting call that is made again finds the job that it made before, instead of paying for another.
 
 Calls alike may be meant: each makes its own job, and a call made again takes one that nobody waits for, else the one
-that was waited for the longest time ago. What has been answered is taken off.
+that was waited for the longest time ago (enlist.lua: so it comes behind the call that it repeats). What has been answered
+is taken off.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def digest_of(tenant: str, endpoint: str, body: bytes) -> str:
 
 
 def join(client: Any, digest: str) -> str | None:
-    """The batch of the job to wait for, if there is one."""
+    """The batch of the job to wait for, if there is one; for where there is no room to make another."""
     with redis_errors():
-        found = _join(client, [keys.PREFIX, keys.joins(digest)], [])
+        found = _join(client, [keys.PREFIX], [digest])
     return found.decode() or None
 
 

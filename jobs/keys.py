@@ -11,6 +11,7 @@ PREFIX = "mimoq:"
 SCHEMA = PREFIX + "schema"  # string: version of this layout
 BATCHES = PREFIX + "batches"  # zset: batch id -> created_at, all that are still kept
 OPEN = PREFIX + "open"  # zset: batch id -> created_at, those not finished
+OPEN_MANY = PREFIX + "open:many"  # zset: batch id -> its jobs, of those not finished that have more than one
 DEADLINES = PREFIX + "deadlines"  # zset: batch id -> unix time at which it expires
 LANE_NAMES = PREFIX + "lanes"  # set: `<lane>:<label>` of every lane that has had work
 CLOSING = PREFIX + "closing"  # set: batch ids being cancelled or expired

@@ -5,9 +5,10 @@ A page ends with its last item, or when it has looked at so much that others wou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jobs import keys
 from jobs.connections import redis_errors
@@ -32,20 +33,32 @@ class Page(Generic[Item]):
     after: str | None = None
 
 
+class _Kept(NamedTuple):
+    """A batch that is still kept: whether it is a single job, and how many jobs it has in each state."""
+
+    batch_id: str
+    single: bool
+    counts: Counter[JobState]
+
+    def holds(self, state: JobState | None) -> bool:
+        """Whether any of its jobs is in this state; of a single job that tells all."""
+        return state is None or self.counts[state] > 0
+
+
 def batches_page(client: Any, tenant: str, limit: int, after: str | None) -> Page[str]:
     """Ids of a tenant's batches, but for those that are single jobs. Raises `NotFound` for an unknown `after`."""
     page: Page[str] = Page()
     looked, last = 0, ""
-    for batch_id, single in _batches(client, tenant, after):
-        if not single and len(page.items) == limit:
+    for kept in _batches(client, tenant, after):
+        if not kept.single and len(page.items) == limit:
             page.after = page.items[-1]
             return page
         if looked >= MOST_BATCHES:
             page.after = last
             return page
-        looked, last = looked + 1, batch_id
-        if not single:
-            page.items.append(batch_id)
+        looked, last = looked + 1, kept.batch_id
+        if not kept.single:
+            page.items.append(kept.batch_id)
     return page
 
 
@@ -73,11 +86,16 @@ def jobs_page(
         _own(client, tenant, first)
         if _fill(client, tenant, first, state, start, limit, page, left):
             return page
-    for looked, (other, _) in enumerate(_batches(client, tenant, first)):
-        if _fill(client, tenant, other, state, 0, limit, page, left):
-            return page
+    for looked, kept in enumerate(_batches(client, tenant, first)):
+        if kept.holds(state):
+            if kept.single:
+                full = _add(Wanted(tenant, kept.batch_id, 0), limit, page)
+            else:
+                full = _fill(client, tenant, kept.batch_id, state, 0, limit, page, left)
+            if full:
+                return page
         if looked >= MOST_BATCHES:
-            page.after = job_id(other, 2**31)
+            page.after = job_id(kept.batch_id, 2**31)
             return page
     return page
 
@@ -89,8 +107,13 @@ def _own(client: Any, tenant: str, batch_id: str) -> None:
         raise NotFound(f"there is no batch {batch_id}")
 
 
-def _batches(client: Any, tenant: str, after: str | None) -> Iterator[tuple[str, bool]]:
-    """`(batch id, whether it is a single job)`, newest first; forgets those that are no longer kept."""
+def _unheld(closing: bytes) -> JobState:
+    """The state of jobs that nobody holds and that have no end written down: of a closing batch, the one it closes with."""
+    return TERMINAL[closing[0]] if closing else JobState.QUEUED
+
+
+def _batches(client: Any, tenant: str, after: str | None) -> Iterator[_Kept]:
+    """The tenant's batches, newest first; forgets those that are no longer kept."""
     name = keys.tenant_batches(tenant)
     with redis_errors():
         rank = -1 if after is None else client.zrevrank(name, after)
@@ -100,19 +123,35 @@ def _batches(client: Any, tenant: str, after: str | None) -> Iterator[tuple[str,
     while True:
         with redis_errors():
             found = client.zrevrange(name, start, start + STEP_BATCHES - 1)
-            pipe = client.pipeline(transaction=False)
+            # A transaction, since a job may end between two looks: the counts of a batch must add up.
+            pipe = client.pipeline(transaction=True)
             for raw in found:
-                pipe.hmget(keys.batch(raw.decode()), "total", "single")
+                pipe.hmget(keys.batch(raw.decode()), "total", "single", "closing", *LETTERS)
+                pipe.hlen(keys.claims(raw.decode()))
             replies = pipe.execute()
-            gone = [raw for raw, (total, _) in zip(found, replies, strict=True) if total is None]
+            looks = list(zip(found, replies[::2], replies[1::2], strict=True))
+            gone = [raw for raw, (total, *_), _ in looks if total is None]
             if gone:
                 client.zrem(name, *gone)
         start += len(found) - len(gone)
-        for raw, (total, single) in zip(found, replies, strict=True):
+        for raw, (total, single, closing, *ended), claimed in looks:
             if total is not None:
-                yield raw.decode(), single is not None
+                counts = Counter(dict(zip(LETTERS, map(int, ended), strict=True)))
+                counts[JobState.RUNNING] = claimed
+                counts[_unheld(closing)] += int(total) - counts.total()
+                yield _Kept(raw.decode(), single is not None, counts)
         if len(found) < STEP_BATCHES:
             return
+
+
+def _add(item: Wanted, limit: int, page: Page[Wanted]) -> bool:
+    """Adds a job to a page, unless that is full: then the next begins with it. Whether it is full."""
+    if len(page.items) == limit:
+        last = page.items[-1]
+        page.after = job_id(last.batch_id, last.place)
+        return True
+    page.items.append(item)
+    return False
 
 
 def _fill(
@@ -132,11 +171,8 @@ def _fill(
     while start < jobs:
         stop = min(jobs, start + STEP_JOBS)
         for index in _in_state(client, batch_id, state, closing or b"", start, stop):
-            if len(page.items) == limit:
-                last = page.items[-1]
-                page.after = job_id(last.batch_id, last.place)
+            if _add(Wanted(tenant, batch_id, index), limit, page):
                 return True
-            page.items.append(Wanted(tenant, batch_id, index))
         left[0] -= stop - start
         start = stop
         if left[0] <= 0 and start < jobs:
@@ -154,13 +190,12 @@ def _in_state(
         return
     with redis_errors():
         raw = bytes(client.getrange(keys.states(batch_id), start, stop - 1)).ljust(stop - start, b"\0")
-        # The state of a job of a closing batch that nobody holds follows from the batch.
-        follows = not state.terminal or (closing != b"" and TERMINAL[closing[0]] is state)
-        claimed = {int(index) for index in client.hkeys(keys.claims(batch_id))} if follows else set()
+        open_too = _unheld(closing) is state
+        claims = client.hkeys(keys.claims(batch_id)) if open_too or state is JobState.RUNNING else []
+        claimed = {int(index) for index in claims}
     if state is JobState.RUNNING:
         yield from (index for index in sorted(claimed) if start <= index < stop and raw[index - start] == 0)
         return
-    open_too = (state is JobState.QUEUED and not closing) or (state.terminal and follows)
     letter = LETTERS[state][0] if state.terminal else -1
     for index, byte in enumerate(raw, start):
         if byte == letter or (open_too and byte == 0 and index not in claimed):

@@ -23,6 +23,8 @@ KEY_BYTES = 140
 MARGIN = 0.02
 #: Seconds for which the last look at other batches serves.
 LOOK_S = 5.0
+#: Open batches that are looked at, the largest; of smaller ones all jobs count as outstanding.
+LOOKED_AT = 1_000
 #: Newest batches whose answers tell the size of those to come.
 TELLING = 100
 
@@ -91,17 +93,23 @@ class Room:
 
     def _look_around(self) -> _Look:
         now = self._clock()
-        open_ids = self._client.zrange(keys.OPEN, 0, -1)
-        newest = self._client.zrevrange(keys.BATCHES, 0, TELLING - 1)
+        pipe = self._client.pipeline(transaction=True)
+        pipe.zcard(keys.OPEN)
+        pipe.zrevrange(keys.OPEN_MANY, 0, -1, withscores=True)
+        pipe.zrevrange(keys.BATCHES, 0, TELLING - 1)
+        batches, many, newest = pipe.execute()
+        largest = many[:LOOKED_AT]
+        # A single that is open has one job outstanding.
+        outstanding = batches - len(many) + sum(int(total) for _, total in many[LOOKED_AT:])
         pipe = self._client.pipeline(transaction=False)
-        for name in open_ids:
+        for name, _ in largest:
             pipe.hmget(keys.batch(name.decode()), "total", "succeeded", "failed", "cancelled", "expired")
         for name in newest:
             pipe.hmget(keys.batch(name.decode()), "result_bytes", "succeeded", "failed", "answered")
         replies = [[int(value or 0) for value in reply] for reply in pipe.execute()]
-        outstanding = sum(total - sum(ended) for total, *ended in replies[: len(open_ids)])
+        outstanding += sum(total - sum(ended) for total, *ended in replies[: len(largest)])
         stored = [
-            (size, succeeded + failed - answered) for size, succeeded, failed, answered in replies[len(open_ids) :]
+            (size, succeeded + failed - answered) for size, succeeded, failed, answered in replies[len(largest) :]
         ]
         told = [(size, answers) for size, answers in stored if size > 0 and answers > 0]
         answers = sum(answers for _, answers in told)

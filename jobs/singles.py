@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jobs import keys
 from jobs.blocks import encode_blocks
 from jobs.connections import redis_errors
-from jobs.errors import Conflict, MimoqError
+from jobs.errors import Conflict, MimoqError, Unanswered
 from jobs.looks import JobLook
 from jobs.patience import Patience
 from jobs.requests import Request
@@ -25,6 +25,9 @@ from jobs.submission import NewBatch
 #: Bytes of requests that go into one step of the store, which serves nobody else meanwhile.
 STEP_BYTES = 1_000_000
 
+#: What can be done about a submit of which nobody knows whether it arrived.
+MAYBE = "it may have been submitted all the same: send it again with the same Idempotency-Key, or look for it first"
+
 _enlist = Script("enlist")
 
 
@@ -32,13 +35,15 @@ _enlist = Script("enlist")
 class Single:
     """One job to be made a batch of its own.
 
-    `join` is a digest under which a waiting call that is made again finds it for `join_s` seconds, '' for none.
+    `join` is a digest under which a waiting call that is made again finds it for `join_s` seconds, '' for none; `again` says
+    that this is one made again, which makes no job where it finds one.
     """
 
     new: NewBatch
     request: Request = field(repr=False)
     join: str = ""
     join_s: int = 0
+    again: bool = False
 
     @property
     def size(self) -> int:
@@ -64,6 +69,7 @@ class Single:
             new.tenant,
             self.join,
             self.join_s,
+            int(self.again),
             len(fields),
             *requests,
             len(further) // 2,
@@ -85,7 +91,7 @@ class Enlisted(NamedTuple):
 def enlist(client: Any, singles: Sequence[Single], patience: Patience, room: Room) -> list[Enlisted | Exception]:
     """Makes each a batch of one; what came of each, in order: its batch, or why there is none.
 
-    `NoRoom` and `StoreUnavailable` are told of all that were not made then, never of those that were.
+    Of those that nobody has answered for that is `Unanswered`: they may have been made.
     """
     came: list[Enlisted | Exception] = []
     tried = False
@@ -106,7 +112,8 @@ def enlist(client: Any, singles: Sequence[Single], patience: Patience, room: Roo
         try:
             again, replies = patience.call(step, block)
         except MimoqError as error:
-            return [*came, *[error] * (len(singles) - len(came))]
+            told = Unanswered(f"{error}; {MAYBE}") if patience.unanswered else error
+            return [*came, *[told] * len(block), *[error] * (len(singles) - len(came) - len(block))]
         came += [_outcome(single, reply, again) for single, reply in zip(block, replies, strict=True)]
         room.added(sum(isinstance(item, Enlisted) and item.created for item in came[-len(block) :]))
     return came

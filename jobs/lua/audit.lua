@@ -11,8 +11,9 @@
 
 local batch, most = ARGV[1], tonumber(ARGV[2])
 if is_gone(batch) then return 0 end
-local b = redis.call('HMGET', record(batch), 'state', 'total', 'cursor', 'closing')
+local b = redis.call('HMGET', record(batch), 'state', 'total', 'cursor', 'closing', 'created_at')
 if b[1] == 'finished' then return 0 end
+let_open(batch, b[2], b[5])  -- on each list, also where an older mimoq made it
 local total, cursor = tonumber(b[2]), tonumber(b[3])
 local found = 0
 

@@ -130,6 +130,13 @@ local function retire(batch, total, ttl)
   end
 end
 
+-- The batch is not over: found by who looks at what is under way. One of several jobs is also kept with their number, so that
+-- nobody need look at each of many singles to know what is outstanding.
+local function let_open(batch, total, created_at)
+  redis.call('ZADD', prefix .. 'open', created_at, batch)
+  if tonumber(total) > 1 then redis.call('ZADD', prefix .. 'open:many', total, batch) end
+end
+
 -- Every ended job is counted once, so the sum tells when the batch is over. Its keys live on for the retention time.
 local function close_if_over(batch)
   local b = record(batch)
@@ -138,9 +145,7 @@ local function close_if_over(batch)
   if n[6] == 'finished' or not n[1] then return false end
   if tonumber(n[2]) + tonumber(n[3]) + tonumber(n[4]) + tonumber(n[5]) < tonumber(n[1]) then return false end
   redis.call('HSET', b, 'state', 'finished', 'finished_at', stamp(now()))
-  redis.call('ZREM', prefix .. 'open', batch)
-  redis.call('ZREM', prefix .. 'deadlines', batch)
-  redis.call('ZREM', prefix .. 'due', batch)
+  for _, list in ipairs({'open', 'open:many', 'deadlines', 'due'}) do redis.call('ZREM', prefix .. list, batch) end
   redis.call('SREM', prefix .. 'closing', batch)
   redis.call('ZREM', prefix .. 'lane:' .. n[8] .. ':' .. n[9], batch)
   redis.call('ZREM', prefix .. 'quarantine:' .. n[8] .. ':' .. n[9], batch)
@@ -242,7 +247,7 @@ local function is_gone(batch)
   for _, part in ipairs({'ready', 'claims', 'retries', 'history', 'quarantine', 'suspects', 'strays'}) do
     redis.call('DEL', of(batch, part))
   end
-  for _, list in ipairs({'open', 'due', 'deadlines'}) do redis.call('ZREM', prefix .. list, batch) end
+  for _, list in ipairs({'open', 'open:many', 'deadlines', 'due'}) do redis.call('ZREM', prefix .. list, batch) end
   redis.call('SREM', prefix .. 'closing', batch)
   return true
 end

@@ -27,7 +27,7 @@ local function create_batch(new)
   redis.call('ZADD', prefix .. 'batches', at, id)
   redis.call('SADD', prefix .. 'tenants', new.tenant)
   redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':batches', at, id)
-  redis.call('ZADD', prefix .. 'open', at, id)
+  let_open(id, new.total, at)
   if new.deadline ~= '' then
     local deadline = stamp(now() + tonumber(new.deadline))
     redis.call('ZADD', prefix .. 'deadlines', deadline, id)

@@ -1,20 +1,12 @@
-#!lua
--- Finds the job that a waiting call made which is now made again: of several alike one that nobody waits for, else the one
--- that was waited for the longest time ago.
+#!lua flags=allow-oom
+-- Finds the job that a waiting call made which is now made again, where there is no room for another.
 --
 -- KEYS[1]  prefix
--- KEYS[2]  the jobs that such calls have made (zset)
+-- ARGV[1]  digest of the call
 --
 -- Returns the batch id, or ''.
 
 --!include common.lua
+--!include joining.lua
 
-while true do
-  local first = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
-  if not first then return '' end
-  if redis.call('EXISTS', record(first)) == 1 then
-    redis.call('ZADD', KEYS[2], stamp(now()), first)
-    return first
-  end
-  redis.call('ZREM', KEYS[2], first)
-end
+return joined(ARGV[1]) or ''

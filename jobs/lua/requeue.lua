@@ -11,7 +11,7 @@
 --!include common.lua
 
 local batch = ARGV[1]
-local b = redis.call('HMGET', record(batch), 'total', 'size', 'closing')
+local b = redis.call('HMGET', record(batch), 'total', 'size', 'closing', 'created_at')
 if not b[1] or b[3] ~= '' then return {0, -1} end
 local total, size = tonumber(b[1]), tonumber(b[2])
 local from = tonumber(ARGV[2])
@@ -41,7 +41,7 @@ if again > 0 then
   if redis.call('HGET', record(batch), 'state') == 'finished' then
     redis.call('HSET', record(batch), 'state', 'running')
     redis.call('HDEL', record(batch), 'finished_at', 'reason')
-    redis.call('ZADD', prefix .. 'open', redis.call('HGET', record(batch), 'created_at'), batch)
+    let_open(batch, total, b[4])
     redis.call('PERSIST', record(batch))
     local identity = redis.call('HGET', record(batch), 'identity')
     if redis.call('GET', prefix .. 'identity:' .. identity) == batch then

@@ -31,12 +31,25 @@ def batch(store: Store, jobs: int = 1, tenant: str = TENANT, **more: Any) -> str
     return store.submit(requests(jobs), NewBatch(tenant=tenant, **more))[0]
 
 
+def single(store: Store) -> str:
+    """A batch that is a single job."""
+    found = batch(store)
+    store.client.hset(keys.batch(found), "single", 1)
+    return found
+
+
+def end(store: Store, of: str, index: int, state: JobState) -> None:
+    """Writes down that a job has ended: its state, and the count of it, which never disagree."""
+    store.client.setrange(keys.states(of), index, LETTERS[state])
+    store.client.hincrby(keys.batch(of), state, 1)
+
+
 def vast(store: Store, jobs: int, ended: dict[int, JobState]) -> str:
     """A batch that says it has so many jobs, of which these have ended."""
     found = batch(store)
     store.client.hset(keys.batch(found), "total", jobs)
     for index, state in ended.items():
-        store.client.setrange(keys.states(found), index, LETTERS[state])
+        end(store, found, index, state)
     return found
 
 
@@ -69,16 +82,20 @@ def test_pages_of_any_size_hold_exactly_what_there_is(store: Store, seed: int, m
     monkeypatch.setattr(pages, "STEP_BATCHES", dice.choice([1, 2, 500]))
     monkeypatch.setattr(pages, "MOST_BATCHES", dice.choice([2, 500]))
     made: list[str] = []
-    for _ in range(8):
-        found = batch(store, dice.choice([1, 1, 2, 7, 12]), slice_size=5)
+    singles: set[str] = set()
+    for _ in range(12):
+        size = dice.choice([0, 0, 1, 2, 7, 12])
+        found = batch(store, size, slice_size=5) if size else single(store)
         made.insert(0, found)
+        if not size:
+            singles.add(found)
         total = store.status(found).total
         for index in range(total):
             fate = dice.choice([None, None, "claimed", *LETTERS])
             if fate == "claimed":
                 store.client.hset(keys.claims(found), str(index), "token")
             elif fate is not None:
-                store.client.setrange(keys.states(found), index, LETTERS[JobState(fate)])
+                end(store, found, index, JobState(fate))
         if dice.random() < 0.4:
             store.client.hset(keys.batch(found), "closing", dice.choice(["c", "x"]))
     batch(store, 3, "another")
@@ -91,7 +108,8 @@ def test_pages_of_any_size_hold_exactly_what_there_is(store: Store, seed: int, m
             one = made[dice.randrange(len(made))]
             wanted = [id for id in everything if states[id] is state and id.startswith(one)]
             assert jobs(store, one, state, limit) == wanted
-        assert all_pages(lambda after: batches_page(store.client, TENANT, limit, after)) == made  # noqa: B023
+        found_batches = all_pages(lambda after: batches_page(store.client, TENANT, limit, after))  # noqa: B023
+        assert found_batches == [id for id in made if id not in singles]
 
 
 def test_a_page_is_full_or_says_where_to_go_on(store: Store) -> None:
@@ -115,6 +133,45 @@ def test_a_state_that_is_rare_in_a_vast_batch(store: Store) -> None:
     assert (len(page.items), page.after) == (1, job_id(found, pages.MOST_JOBS - 1))
 
 
+def test_round_trips_go_by_steps_and_not_by_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "STEP_BATCHES", 10)
+    wanted: dict[JobState, list[str]] = {state: [] for state in JobState if state is not JobState.EXPIRED}
+    for _ in range(9):
+        for state, ids in wanted.items():
+            found = single(store)
+            if state is JobState.RUNNING:
+                store.client.hset(keys.claims(found), "0", "token")
+            elif state is JobState.CANCELLED:
+                store.client.hset(keys.batch(found), "closing", "c")
+            elif state.terminal:
+                end(store, found, 0, state)
+            ids.insert(0, job_id(found, 0))
+    mixed = batch(store, 3)
+    end(store, mixed, 1, JobState.FAILED)
+    wanted[JobState.FAILED].insert(0, job_id(mixed, 1))
+    wanted[JobState.QUEUED][:0] = [job_id(mixed, 0), job_id(mixed, 2)]
+    trips: list[object] = []
+    connection = store.client.connection_pool.connection_class
+    send = connection.send_packed_command
+
+    def counting(self: Any, *args: Any, **more: Any) -> Any:
+        trips.append(None)
+        return send(self, *args, **more)
+
+    monkeypatch.setattr(connection, "send_packed_command", counting)
+    # 46 batches are 5 steps, each of their ids and their counts; only a real batch that has such jobs is looked into.
+    steps = 2 * 5
+    for state in JobState:
+        trips.clear()
+        page = jobs_page(store.client, TENANT, None, state, 100, None)
+        assert [job_id(item.batch_id, item.place) for item in page.items] == wanted.get(state, [])
+        inside = {JobState.FAILED: 2, JobState.QUEUED: 3}.get(state, 0)
+        assert len(trips) == steps + inside, state
+    trips.clear()
+    assert len(jobs_page(store.client, TENANT, None, None, 100, None).items) == 48
+    assert len(trips) == steps + 1
+
+
 def test_a_vast_batch_is_read_no_further_than_a_page_needs(store: Store) -> None:
     found = vast(store, 50_000_000, {})
     page = jobs_page(store.client, TENANT, None, None, 3, job_id(found, 41_999_999))
@@ -124,11 +181,10 @@ def test_a_vast_batch_is_read_no_further_than_a_page_needs(store: Store) -> None
 def test_batches_are_listed_without_single_jobs(store: Store) -> None:
     made: list[str] = []
     for number in range(6):
-        found = batch(store)
         if number % 2:
-            store.client.hset(keys.batch(found), "single", 1)
+            single(store)
         else:
-            made.insert(0, found)
+            made.insert(0, batch(store))
     for limit in (1, 2, 3, 4):
         assert all_pages(lambda after: batches_page(store.client, TENANT, limit, after)) == made  # noqa: B023
     page = batches_page(store.client, TENANT, 3, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import socket
 import string
 import threading
@@ -20,12 +21,13 @@ from jobs.errors import Conflict, MimoqError, NoRoom, StoreRefused, StoreUnavail
 from jobs.patience import Patience
 from jobs.requests import CHAT, Request
 from jobs.results import About, success_payload
+from jobs.singles import Single, enlist
 from jobs.states import BatchState
 from jobs.store import BatchStatus, Store
 from jobs.submission import STAGING_TTL_S, NewBatch
 from producers import Producer
 from producers.connection import Connection
-from tests.integration.store_model import USAGE, requests, run
+from tests.integration.store_model import USAGE, ending, leftovers, requests, run
 from tests.integration.submission_stand import Victims, Wire, durable
 
 #: Where a wire is cut at a command.
@@ -614,6 +616,7 @@ def test_a_submit_without_room_for_its_answers_is_refused(store: Store, store_ur
         store.submit(requests(3_000), NewBatch())
     assert full.value.exit_code == 1
     assert "nothing was submitted: raise its maxmemory" in str(full.value)
+    assert re.fullmatch(r"no room for the answers[^\d\n]+", full.value.plain), "strangers learn nothing of others' load"
     assert sorted(store.client.keys("*")) == before
     large, *_ = store.submit(requests(1_200), NewBatch())
     # What has been promised room takes it, also from somebody who has not seen it yet.
@@ -623,6 +626,65 @@ def test_a_submit_without_room_for_its_answers_is_refused(store: Store, store_ur
     store.cancel(large)
     store.client.config_set("maxmemory", 0)
     assert Store(connect(store_url)).submit(requests(3_000), NewBatch()).created
+
+
+def outstanding(store: Store) -> int:
+    """Jobs of other batches, as a refusal tells."""
+    leave(store, 0)
+    with pytest.raises(NoRoom) as full:
+        Store(store.client).submit(requests(1), NewBatch())
+    store.client.config_set("maxmemory", 0)
+    told = re.search(r"beside ([\d,]+) of other batches", str(full.value))
+    return int(told[1].replace(",", "")) if told else 0
+
+
+def add_singles(store: Store, count: int) -> list[str]:
+    """Ids of so many jobs, each a batch."""
+    new = [Single(NewBatch(), request) for request in requests(count)]
+    enlist(store.client, new, store.patience, Store(store.client)._room)
+    return [single.new.batch_id for single in new]
+
+
+def test_many_singles_are_counted_without_a_look_at_each(store: Store) -> None:
+    add_singles(store, 400)
+    store.submit(requests(5), NewBatch(answered=b"s"))
+    store.client.config_resetstat()
+    assert outstanding(store) == 404
+    assert store.client.info("commandstats")["cmdstat_hmget"]["calls"] == room.TELLING + 1
+
+
+def test_jobs_of_many_small_batches_all_count(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LOOKED_AT", 1)
+    for jobs, answered in ((3, 2), (10, 9), (2, 1), (1, 0)):
+        store.submit(requests(jobs), NewBatch(answered=b"s" * answered))
+    assert outstanding(store) == 3 + 1 + 2 + 1
+
+
+def test_what_is_outstanding_follows_ends_requeues_and_deleted_records(store: Store, store_url: str) -> None:
+    async def fail(client: Any) -> None:
+        while jobs := await leases.claim(client, "w", "bulk", [""], 10):
+            for job in jobs:
+                assert await leases.finish(client, job.batch_id, [ending(job, "f")]) == ["ended"]
+
+    async def audit(client: Any) -> None:
+        for batch_id in batches:
+            await leases.audit(client, batch_id, 10)
+
+    batches = [store.submit(requests(3), NewBatch())[0], *add_singles(store, 2)]
+    assert outstanding(store) == 5
+    run(fail, store_url)
+    assert outstanding(store) == 0
+    assert leftovers(store.client) == set()
+    for batch_id in batches[:2]:
+        store.requeue_failed(batch_id)
+    assert outstanding(store) == 4
+    store.client.delete(keys.OPEN_MANY)  # as of a mimoq that did not know it
+    run(audit, store_url)
+    assert outstanding(store) == 4
+    store.client.delete(*map(keys.batch, batches))
+    run(audit, store_url)
+    assert outstanding(store) == 0
+    assert store.client.exists(keys.OPEN, keys.OPEN_MANY) == 0
 
 
 def test_what_answers_took_tells_what_they_will_take(store: Store, store_url: str) -> None:

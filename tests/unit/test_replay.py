@@ -231,10 +231,15 @@ def test_events_are_anthropics() -> None:
     assert [name for name, _ in found][-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
-TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("\u2028\u2029\x85\r\n🤔\u200d")), max_size=3 * PIECE_CHARS)
+TEXTS = st.text(
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from("\u2028\u2029\x85\r\n🤔\u200d")), max_size=3 * PIECE_CHARS
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=9),
-    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=9), values, max_size=3),
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(st.characters(codec="utf-8"), max_size=9),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=9), values, max_size=3)
+    ),
     max_leaves=5,
 )
 

@@ -13,7 +13,7 @@ from redis.exceptions import NoScriptError
 from jobs.scripts import INCLUDE, Script, source
 
 #: No scripts of their own.
-INCLUDED = {"common.lua", "creating.lua", "handing.lua", "limits.lua", "adapt.lua"}
+INCLUDED = {"common.lua", "creating.lua", "joining.lua", "handing.lua", "limits.lua", "adapt.lua"}
 NAMES = [
     (package, path.name.removesuffix(".lua"))
     for package in ("jobs", "worker")
@@ -33,6 +33,7 @@ ALWAYS = {
     "audit",
     "cancel",
     "pause",
+    "join",
     "outbox_take",
     "outbox_settle",
     "outbox_list",
