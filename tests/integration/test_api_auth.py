@@ -338,6 +338,25 @@ async def test_without_auth_everybody_sees_what_has_no_tenant(store_url: str) ->
         assert with_any.status_code == 200
 
 
+@in_loop
+async def test_without_auth_a_web_page_is_not_taken_for_the_user(store_url: str) -> None:
+    body = {"request": ask()}
+    pages = [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Host": "127.0.0.1", "Origin": "http://127.0.0.1:1"},
+    ]
+    async with core_standing(store_url) as (_, http):
+        for headers in pages:
+            refused = await http.post("/v1/jobs", json=body, headers=headers)
+            assert (refused.status_code, refused.json()["code"]) == (403, "other_host")
+            assert (await http.get("/v1/jobs", headers=headers)).status_code == 403
+        own = {"Origin": "http://127.0.0.1", "Host": "127.0.0.1"}  # as of /docs
+        assert (await http.post("/v1/jobs", json=body, headers=own)).status_code == 202
+        assert len((await http.get("/v1/jobs")).json()["data"]) == 1
+
+
 # -- what is told of a fault of ours
 
 

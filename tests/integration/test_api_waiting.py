@@ -8,14 +8,14 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from api import groups, waiters
+from api import batch_routes, bodies, groups, waiters
 from api.auth import ANYBODY
 from api.core import Core
 from api.job_routes import _waited
@@ -29,7 +29,7 @@ from jobs.singles import Enlisted, Single, enlist
 from jobs.states import job_id
 from jobs.store import NewBatch, Store
 from tests.components import Valkey
-from tests.integration.api_stand import ApiStand, answer, api_stand, ask, claim, core_standing, line
+from tests.integration.api_stand import ApiStand, answer, api_stand, ask, claim, core_standing, line, lines
 from tests.integration.engine_stand import in_loop, until
 from tests.waiting import wait_for
 
@@ -326,3 +326,65 @@ def test_an_upload_that_hangs_does_not_keep_it(stand: ApiStand) -> None:
         assert http.get("/v1/jobs").status_code == 200
         assert api.end(signal.SIGTERM) == 0
     assert stand.redis.zcard(keys.BATCHES) == 0
+
+
+# -- what there is only so much of
+
+
+@in_loop
+async def test_a_tenant_has_so_much_open_at_once(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_routes, "TENANT_STREAMS", 1)
+    monkeypatch.setattr(batch_routes, "TENANT_UPLOADS", 1)
+    monkeypatch.setattr(bodies, "TENANT_LARGE", 1)
+    large = json.dumps({"request": ask(user="x" * bodies.LARGE_BYTES)}).encode()
+    async with core_standing(store_url) as (core, http):
+        batch = (await http.post("/v1/job-batches", json={"requests": [line()]})).json()["id"]
+        await http.post(f"/v1/job-batches/{batch}/cancel")
+
+        async def tries() -> list[int]:
+            return [
+                (await http.get(f"/v1/job-batches/{batch}/results")).status_code,
+                (await http.get(f"/v1/job-batches/{batch}/events")).status_code,
+                (await http.post("/v1/job-batches", json={"requests": [line()]})).status_code,
+                (await http.post("/v1/jobs", content=large)).status_code,
+            ]
+
+        with core.turn("", "streams", 1), core.turn("", "uploads", 1), core.turn("", "large bodies", 1):
+            assert await tries() == [429] * 4
+            assert (await http.post("/v1/jobs", json={"request": ask()})).status_code == 202
+        assert await tries() == [200, 200, 202, 202]
+        assert not core.turns
+
+
+@in_loop
+async def test_told_to_stop_it_tells_who_is_still_sending(store_url: str) -> None:
+    async with core_standing(store_url) as (core, http):
+        begun = asyncio.Event()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield lines(line())
+            begun.set()
+            await asyncio.Event().wait()
+
+        headers = {"Content-Type": "application/jsonl"}
+        sending = asyncio.create_task(http.post("/v1/job-batches", content=body(), headers=headers))
+        await begun.wait()
+        await until(lambda: core.reading, "a body that is waited for")
+        core.stop()
+        told = await sending
+        assert (told.status_code, told.json()["code"], told.headers["retry-after"]) == (503, "stopping", "1")
+        assert (await http.get("/v1/job-batches")).json()["data"] == []
+
+
+@in_loop
+async def test_a_body_that_stands_still_is_not_waited_for(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "CHUNK_S", 0.01)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with core_standing(store_url) as (_, http):
+        for path in ("/v1/jobs", CHAT):
+            slow = await http.post(path, content=body())
+            assert slow.status_code == 408
