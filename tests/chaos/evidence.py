@@ -22,6 +22,7 @@ from tests.chaos.workers import Life
 _KEPT = re.compile(
     r"schema|batches|lanes|turn:\w+|workers?|worker:.+|reaper|rounds|deaths|limits|(limit|minute|gate|flight):.+"
     r"|identity:[\w-]+|batch:\w+(:(requests|states|done|strays))?"
+    r"|metrics|reported:\w+|tenants|tenant::batches"
 )
 
 
