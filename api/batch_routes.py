@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -129,10 +128,8 @@ async def submit_batch(
             options = msgspec.convert(given, NewBatchOptions)
         except msgspec.ValidationError as error:
             raise Problem(422, "invalid", str(error)) from None
-        new = submitting.new_batch(core, caller, options, key, None)
-        if key is not None:
-            # The requests themselves tell, as they come, and beside them the options.
-            new = dataclasses.replace(new, content="", beside=submitting.digest(given))
+        # For a key the requests themselves tell, as they come, and beside them the options.
+        new = submitting.new_batch(core, caller, options, key, beside=submitting.digest(given))
         with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
             body = bodies.chunks(request, core.settings.api_max_upload_bytes)
             submitted = await uploads.submit_lines(core, body, new, options.endpoint)
@@ -151,7 +148,7 @@ async def submit_batch(
 
 def _read_inline(core: Core, caller: Caller, raw: bytes, key: str | None) -> tuple[NewBatchBody, NewBatch]:
     inline = bodies.decode(raw, _inline)
-    content = bodies.decode(raw, _anything) if key is not None else None
+    content = submitting.digest(bodies.decode(raw, _anything)) if key is not None else ""
     return inline, submitting.new_batch(core, caller, inline, key, content)
 
 

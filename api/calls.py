@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Header, Request, Response
 
-from api import bodies, replay
+from api import bodies, replay, submitting
 from api.auth import Caller
 from api.core import Core
 from api.problems import Problem, problem_of, protocol_of
 from api.routing import Route, caller_of, core_of, takes
-from api.submitting import KEY_BOUNDS, identity_of
+from api.shapes import NewBatchOptions
+from api.submitting import KEY_BOUNDS
 from jobs import joins
 from jobs.errors import Conflict, InvalidRequest, MimoqError, StoreFull
 from jobs.looks import JobLook
@@ -30,7 +31,6 @@ from jobs.requests import CHAT, MESSAGES, parse_body
 from jobs.results import NO_BODY_JSON
 from jobs.singles import Single
 from jobs.states import JobState, job_id
-from jobs.submission import NewBatch
 
 #: Seconds in which a streamed call may still get an error as its status; then its stream begins.
 STATUS_S = 1.0
@@ -132,15 +132,7 @@ def _read(core: Core, caller: Caller, endpoint: str, body: bytes, key: str | Non
     except msgspec.ValidationError:
         raise Problem(400, "invalid_request", "stream_options: must be an object") from None
     digest = joins.digest_of(caller.tenant, endpoint, body)
-    new = NewBatch(
-        lane="interactive",
-        label=core.label,
-        slice_size=core.settings.slice_size,
-        ttl_s=core.settings.result_ttl_s,
-        identity=identity_of(caller, key) if key is not None else "",
-        content=digest if key is not None else "",
-        tenant=caller.tenant,
-    )
+    new = submitting.new_batch(core, caller, NewBatchOptions(lane="interactive"), key, digest)
     return Single(new, made, digest, math.ceil(core.settings.sync_timeout_s) + JOIN_S, again), asked
 
 

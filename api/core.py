@@ -20,7 +20,7 @@ from api.metrics import Counts, Scrapes
 from api.outbound import Outbound
 from api.problems import Problem, not_found
 from api.ringer import Ringer
-from api.threads import PATIENCE_S, StoreThreads
+from api.threads import PATIENCE_S, StoreThreads, say
 from api.waiters import Waiter, Waiters
 from jobs import identity
 from jobs.connections import connect_async
@@ -64,7 +64,7 @@ class Core:
     def __init__(self, settings: Settings) -> None:
         """Opens the store. Raises `MimoqError` where that can't be had."""
         self.settings = settings
-        self.connection = Connection(settings, _say, silent_s=PATIENCE_S)
+        self.connection = Connection(settings, say, silent_s=PATIENCE_S)
         self.threads = StoreThreads(self.connection, "api")
         self.checks = StoreThreads(self.connection, "check", 2)
         self.streams = StoreThreads(self.connection, "stream", STREAMS)
@@ -232,10 +232,6 @@ class Core:
         for patience in self.reading:
             patience.reschedule(asyncio.get_running_loop().time())
         self.waiters.wake()
-
-
-def _say(line: str) -> None:
-    log.warning("store_away", reason=line)
 
 
 async def _end(task: asyncio.Task[None], patience_s: float) -> None:

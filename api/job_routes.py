@@ -76,7 +76,7 @@ def _read(core: Core, caller: Caller, body: bytes, key: str | None) -> Single:
     if new.custom_id is not None:
         check_custom_id(new.custom_id)
     made = parse_body(bytes(new.request), new.endpoint, model=core.model, custom_id=new.custom_id)
-    content = bodies.decode(body, _anything) if key is not None else None
+    content = submitting.digest(bodies.decode(body, _anything)) if key is not None else ""
     return Single(submitting.new_batch(core, caller, new, key, content), made)
 
 

@@ -21,8 +21,15 @@ KEY_CHARS = 255
 KEY_BOUNDS: dict[str, Any] = {"minLength": 1, "maxLength": KEY_CHARS}
 
 
-def new_batch(core: Core, caller: Caller, options: NewJob | NewBatchOptions, key: str | None, content: Any) -> NewBatch:
-    """What is made with these options; `content` is what must be the same when the idempotency key comes again.
+def new_batch(
+    core: Core,
+    caller: Caller,
+    options: NewJob | NewBatchOptions,
+    key: str | None,
+    content: str = "",
+    beside: str = "",
+) -> NewBatch:
+    """What is made with these options; `content` and `beside` are digests of what must be the same when the key comes again.
 
     Raises a `Problem`, or `UsageError` for an address that can't be called back.
     """
@@ -36,7 +43,8 @@ def new_batch(core: Core, caller: Caller, options: NewJob | NewBatchOptions, key
         max_attempts=options.max_attempts,
         deadline_s=options.deadline_s,
         identity=identity_of(caller, key) if key is not None else "",
-        content=digest(content) if key is not None else "",
+        content=content if key is not None else "",
+        beside=beside,
         metadata=msgspec.json.encode(options.metadata).decode() if options.metadata else "",
         tenant=caller.tenant,
         callback=options.callback_url or "",

@@ -27,6 +27,11 @@ T = TypeVar("T")
 log = structlog.get_logger("api")
 
 
+def say(line: str) -> None:
+    """Of a wait for the store, in the log."""
+    log.warning("store_away", reason=line)
+
+
 class StoreThreads:
     """Runs calls of a store; one object for each kind of work, so that long ones keep none of the others waiting."""
 
@@ -45,7 +50,7 @@ class StoreThreads:
     def patience(self) -> Patience:
         """For one thread."""
         seconds = min(PATIENCE_S, self._connection.settings.store_patience_s)
-        return Patience(seconds, lambda line: log.warning("store_away", reason=line))
+        return Patience(seconds, say)
 
     async def call(self, work: Callable[[Store], T]) -> T:
         """What `work` returns or raises, with a store to itself."""
