@@ -15,7 +15,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import batch_routes, calls, job_routes, operations, webhook_routes
+from api import (
+    anthropic_shapes,
+    batch_routes,
+    calls,
+    file_routes,
+    job_routes,
+    message_batch_routes,
+    openai_batch_routes,
+    openai_shapes,
+    operations,
+    webhook_routes,
+)
 from api.core import Core
 from api.door import Door, handle
 from api.problems import Problem
@@ -43,7 +54,16 @@ FORMS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
     {"type": "object", "description": "A bare body."},
 ]
-ROUTERS = (job_routes.router, batch_routes.router, calls.router, webhook_routes.router, operations.router)
+ROUTERS = (
+    job_routes.router,
+    batch_routes.router,
+    calls.router,
+    file_routes.router,
+    openai_batch_routes.router,
+    message_batch_routes.router,
+    webhook_routes.router,
+    operations.router,
+)
 
 
 def make_app(core: Core | None = None) -> FastAPI:
@@ -96,7 +116,9 @@ def guarded(app: FastAPI, core: Core) -> Door:
 def _openapi(app: FastAPI, made: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's document with our shapes in it, and tokens."""
     template = "#/components/schemas/{name}"
-    _, shapes = msgspec.json.schema_components(SHAPES, ref_template=template)
+    _, shapes = msgspec.json.schema_components(
+        SHAPES + openai_shapes.SHAPES + anthropic_shapes.SHAPES, ref_template=template
+    )
     schemas: dict[str, Any] = dict(shapes)
     for model in (ChatBody, MessagesBody):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

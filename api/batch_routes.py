@@ -68,8 +68,15 @@ _TAKES: dict[str, Any] = {
 class Stream(StreamingResponse):
     """One of the streams that a tenant may have open at once."""
 
-    def __init__(self, core: Core, caller: Caller, stream: AsyncIterator[bytes], media_type: str) -> None:
-        super().__init__(stream, media_type=media_type, headers=STREAM_HEADERS)
+    def __init__(
+        self,
+        core: Core,
+        caller: Caller,
+        stream: AsyncIterator[bytes],
+        media_type: str,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(stream, media_type=media_type, headers=STREAM_HEADERS | (headers or {}))
         self._turn = core.turn(caller.tenant, "streams", TENANT_STREAMS)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -164,12 +171,9 @@ async def list_batches(request: Request, limit: Limit = 20, after: After = None)
 
     def work(store: Store) -> tuple[list[BatchStatus], str | None]:
         page = store.patience.call(batches_page, store.client, caller.tenant, limit, after)
-        found = []
-        for batch_id in page.items:
-            try:
-                found.append(store.status(batch_id))
-            except NotFound:
-                continue  # its retention has just ended
+        found = [
+            status for status in store.statuses(page.items) if status is not None
+        ]  # of some the retention just ended
         return found, page.after
 
     try:

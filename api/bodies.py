@@ -83,7 +83,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise Problem(422, "invalid", _words(str(error))) from None
+        raise Problem(422, "invalid", words(str(error))) from None
     except RecursionError:
         raise Problem(400, "not_json", "the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
@@ -91,7 +91,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise Problem(400, "not_json", f"the body is not JSON in UTF-8{hint}") from None
 
 
-def _words(message: str) -> str:
+def words(message: str) -> str:
     """A decoder's message, without a value that it may quote."""
     if message.startswith("Invalid enum value"):
         return "not one of the allowed values" + (

@@ -20,7 +20,7 @@ from fastapi import APIRouter, Header, Request, Response
 from api import bodies, replay, submitting
 from api.auth import Caller
 from api.core import Core
-from api.problems import Problem, problem_of, protocol_of
+from api.problems import FINAL, Problem, problem_of, protocol_of
 from api.routing import Route, caller_of, core_of, takes
 from api.shapes import NewBatchOptions
 from api.submitting import KEY_BOUNDS
@@ -28,7 +28,7 @@ from jobs import joins
 from jobs.errors import Conflict, InvalidRequest, MimoqError, StoreFull
 from jobs.looks import JobLook
 from jobs.requests import CHAT, MESSAGES, parse_body
-from jobs.results import NO_BODY_JSON
+from jobs.results import upstream_error
 from jobs.singles import Single
 from jobs.states import JobState, job_id
 
@@ -41,8 +41,6 @@ JOIN_S = 3_600
 
 #: Bytes of a stream that are written together.
 BLOCK_BYTES = 65_536
-#: Tells SDKs not to try again: each try would be paid for.
-FINAL = {"x-should-retry": "false"}
 JOB_HEADER = "x-mimoq-job-id"
 
 router = APIRouter(tags=["calls"], route_class=Route)
@@ -256,13 +254,9 @@ def _upstream_error(look: JobLook) -> tuple[int, bytes] | None:
     """Status and body of the upstream's last refusal, where it is an error object that SDKs can read."""
     about = look.stored.mimoq if look.stored is not None else None
     failure = about.error if about is not None else None
-    if failure is None or failure.status is None or failure.status < 400 or bytes(failure.body) == NO_BODY_JSON:
+    if failure is None or failure.status is None or upstream_error(failure) is None:
         return None
-    try:
-        error = msgspec.json.decode(_decode_object(failure.body)["error"])
-    except (msgspec.MsgspecError, KeyError):
-        return None
-    return (failure.status, bytes(failure.body)) if isinstance(error, dict) else None
+    return failure.status, bytes(failure.body)
 
 
 def _as_anthropic(body: bytes, request_id: str) -> bytes:

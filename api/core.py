@@ -14,12 +14,15 @@ import structlog
 from redis.exceptions import RedisError
 
 from api.auth import Auth, Caller, Rates
+from api.clerk import AT_ONCE, Clerk
 from api.deliverer import GRACE_S, Deliverer
 from api.groups import Groups
+from api.keeper import Keeper
 from api.metrics import Counts, Scrapes
 from api.outbound import Outbound
 from api.problems import Problem, not_found
 from api.ringer import Ringer
+from api.spool import Spool
 from api.threads import PATIENCE_S, StoreThreads, say
 from api.waiters import Waiter, Waiters
 from jobs import identity
@@ -82,6 +85,10 @@ class Core:
         self.ringer = Ringer(self.connection)
         self.label = identity.SIMULATED if settings.simulated else ""
         self.model = None if settings.endpoint_path else settings.model
+        self.spool = Spool(settings.files_dir or settings.data_dir / "files")
+        self._clerk_threads = StoreThreads(self.connection, "clerk", AT_ONCE + 1)
+        self.clerk = Clerk(self._clerk_threads, self.spool, self.ringer, settings, self.label, self.model)
+        self._keeper = Keeper(self.checks, self.spool)
         self.client = connect_async(self.connection.redis_url)
         self.waiters = Waiters(self.client)
         self.tally = Tally()
@@ -109,6 +116,7 @@ class Core:
                 self._auth_threads,
                 self.uploads,
                 self.inline,
+                self._clerk_threads,
                 self._commit_thread,
                 self._look_thread,
             ):
@@ -123,6 +131,8 @@ class Core:
                 self._looks.run(),
                 self.waiters.run(),
                 self.rates.run(),
+                self.clerk.run(),
+                self._keeper.run(),
                 self._reports.run(self.client),
                 self._keep_server(),
             ):

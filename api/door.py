@@ -115,6 +115,8 @@ def answer_to(scope: Any, error: Exception) -> Response:
     """The answer to what went wrong."""
     problem = _problem(error)
     protocol, request_id = protocol_of(scope["path"]), scope["request_id"]
+    if protocol != "native" and problem.status == 422:  # which those know as 400
+        problem.status = 400
     if problem.status >= 500 and not isinstance(error, (Problem, MimoqError)):
         log.error("request_failed", request_id=request_id, error=type(error).__name__, exc_info=error)
     return Response(
@@ -133,8 +135,8 @@ def _problem(error: Exception) -> Problem:
     if isinstance(error, MimoqError):
         return problem_of(error)
     if isinstance(error, RequestValidationError):
-        told = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors()[:5])
-        return Problem(422, "invalid", told)
+        places = [(".".join(map(str, item["loc"][1:])), item["msg"]) for item in error.errors()[:5]]
+        return Problem(422, "invalid", "; ".join(f"{place}: {message}" for place, message in places))
     if isinstance(error, HTTPException):
         words = {404: "there is nothing at this address", 405: "this address takes other methods: see Allow"}
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")

@@ -47,9 +47,14 @@ _TITLES = {
     504: "Not answered in time",
     507: "No room",
 }
+#: What paths of OpenAI's protocol begin with.
+_OPENAI = ("/v1/chat/completions", "/v1/files", "/v1/batches")
+#: Tells SDKs not to try again: it would be refused again, or paid for again.
+FINAL = {"x-should-retry": "false"}
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
+    402: "billing_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
@@ -105,7 +110,7 @@ def protocol_of(path: str) -> Protocol:
     """Whose shapes a path speaks."""
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
-    if path == "/v1/chat/completions":
+    if path.startswith(_OPENAI):
         return "openai"
     return "native"
 

@@ -18,6 +18,7 @@ from jobs.connections import redis_errors
 from jobs.errors import NotFound
 from jobs.gates import gates_of
 from jobs.looks import Wanted, look
+from jobs.results import one_line
 from jobs.states import BatchState, split_job_id
 from jobs.store import READ_JOBS, BatchStatus, Store
 from jobs.workers import live_workers
@@ -102,17 +103,11 @@ def _block(core: Core, store: Store, caller: Caller, batch_id: str, start: int) 
     wanted = [Wanted(caller.tenant, batch_id, index) for index in last]
     looks = store.patience.call(look, store.client, store.results_client, wanted)
     lines = [
-        _line(encode(job_view(found, core.settings, cursor=cursor)))
+        one_line(encode(job_view(found, core.settings, cursor=cursor))) + b"\n"
         for found, cursor in zip(looks, last.values(), strict=True)
         if found is not None and found.state.terminal
     ]
     return b"".join(lines), len(indexes)
-
-
-def _line(raw: bytes) -> bytes:
-    """JSON on one line, for those too who cut lines where Unicode does: in JSON these stand in strings alone."""
-    raw = raw.replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\xc2\x85", b"\\u0085")
-    return raw.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029") + b"\n"
 
 
 # -- progress

@@ -30,6 +30,24 @@ Limit = Annotated[int, Query(ge=1, le=MOST_ITEMS, description="Items of a page, 
 After = Annotated[str | None, Query(max_length=200, description="Go on behind this id.")]
 
 
+#: What is told of errors.
+_WORDS = {
+    400: "The request is not what it should be.",
+    401: "No valid token.",
+    403: "The token lacks the scope.",
+    404: "There is no such thing, or it is another tenant's.",
+    408: "The body has stood still.",
+    409: "It stands in the way of something else.",
+    413: "The body is too large.",
+    415: "The body is encoded, or of another type.",
+    422: "A rule is broken; nothing was changed.",
+    429: "The token has made its requests of this minute; see Retry-After.",
+    431: "The headers are too large.",
+    503: "The store does not answer; see Retry-After.",
+    507: "The store would have no room for the answers.",
+}
+
+
 class Route(APIRoute):
     """A route that has FastAPI read parameters only of a request that has some: that takes as long as all the rest.
 
@@ -88,25 +106,14 @@ def gives(description: str, name: str, media_type: str = "application/json", **h
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """How a route documents its errors; those that every route may answer with are among them."""
-    words = {
-        400: "The body is not JSON.",
-        401: "No valid token.",
-        403: "The token lacks the scope.",
-        404: "There is no such thing, or it is another tenant's.",
-        408: "The body has stood still.",
-        409: "It stands in the way of something else.",
-        413: "The body is too large.",
-        415: "The body is encoded, or of another type.",
-        422: "A rule is broken; nothing was changed.",
-        429: "The token has made its requests of this minute; see Retry-After.",
-        431: "The headers are too large.",
-        503: "The store does not answer; see Retry-After.",
-        507: "The store would have no room for the answers.",
-    }
-    return {
-        status: gives(words[status], "ProblemDetails", "application/problem+json")
-        for status in sorted({401, 403, 422, 429, 431, 503, *statuses})
-    }
+    every = {401, 403, 422, 429, 431, 503, *statuses}
+    return {status: gives(_WORDS[status], "ProblemDetails", "application/problem+json") for status in sorted(every)}
+
+
+def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same of a route of OpenAI's protocol."""
+    every = {400, 401, 403, 429, 431, 503, *statuses}
+    return {status: gives(_WORDS[status], "OpenAIErrorAnswer") for status in sorted(every)}
 
 
 def takes(name: str, media_type: str = "application/json") -> dict[str, Any]:

@@ -53,9 +53,14 @@ def new_batch(
 
 def identity_of(caller: Caller, key: str) -> str:
     """What an idempotency key of a tenant stands under."""
+    return key_identity(f"api\n{caller.tenant}\n{checked_key(key)}")
+
+
+def checked_key(key: str) -> str:
+    """An idempotency key. Raises a `Problem` where it is none."""
     if not 1 <= len(key) <= KEY_CHARS:
         raise Problem(400, "idempotency_key", f"Idempotency-Key: 1 to {KEY_CHARS} characters are allowed")
-    return key_identity(f"api\n{caller.tenant}\n{key}")
+    return key
 
 
 def digest(content: Any) -> str:

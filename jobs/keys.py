@@ -34,6 +34,10 @@ TOKENS = PREFIX + "tokens"  # hash: token id -> JSON of a token of the API, its 
 SECRETS = PREFIX + "secrets"  # hash: tenant -> what its webhooks are signed with
 OUTBOX = PREFIX + "outbox"  # zset: event id -> unix time it is due; channel: a message when one comes in
 DEAD = PREFIX + "outbox:dead"  # zset: event id -> unix time its delivery was given up
+OPENAI_DUE = (
+    PREFIX + "openai:due"
+)  # zset: batch id -> unix time at which an OpenAI batch has to be validated or finalized
+FILES = PREFIX + "files"  # zset: file id -> unix time at which it expires, of uploaded files that do
 METRICS = PREFIX + "metrics"  # hash: what all processes have counted
 
 LANES = ("interactive", "bulk")
@@ -152,6 +156,26 @@ def result(job_id: str) -> str:
 def tenant_batches(tenant: str) -> str:
     """zset: batch id -> created_at, those that a tenant of the API has submitted; tenant '' is who needs no token."""
     return f"{PREFIX}tenant:{tenant}:batches"
+
+
+def tenant_protocol(tenant: str, protocol: str) -> str:
+    """zset: batch id -> created_at, those that a tenant has made by the protocol `openai` or `anthropic`."""
+    return f"{PREFIX}tenant:{tenant}:{protocol}"
+
+
+def tenant_files(tenant: str) -> str:
+    """zset: file id -> created_at, a tenant's files."""
+    return f"{PREFIX}tenant:{tenant}:files"
+
+
+def file(file_id: str) -> str:
+    """hash: tenant, purpose, filename, bytes, created_at, expires_at of a file; its content is on a disk, or in results."""
+    return f"{PREFIX}file:{file_id}"
+
+
+def openai(batch_id: str) -> str:
+    """hash: what an OpenAI batch is beside its record, and before it has one: input file, window, errors."""
+    return f"{PREFIX}batch:{batch_id}:openai"
 
 
 def tenant_events(tenant: str) -> str:

@@ -38,7 +38,8 @@ _unheard = Script("unheard")
 class Job:
     """One claimed job; `attempts` is the stored JSON of earlier attempts, `request` never shows.
 
-    `crashes` counts workers that died holding its slice; `alone`: it is in quarantine.
+    `crashes` counts workers that died holding its slice; `alone`: it is in quarantine; `leads`: it is the first of several,
+    and shows at once what is wrong with them all.
     """
 
     batch_id: str
@@ -51,6 +52,7 @@ class Job:
     ttl_s: int
     lane: str = "bulk"
     alone: bool = False
+    leads: bool = False
 
     @property
     def job_id(self) -> str:
@@ -95,12 +97,23 @@ def _spent(calls: int, usage: Usage) -> str:
 
 
 async def claim(
-    client: Any, worker_id: str, lane: str, labels: Iterable[str], wanted: int, lease_s: float = LEASE_S
+    client: Any,
+    worker_id: str,
+    lane: str,
+    labels: Iterable[str],
+    wanted: int,
+    lease_s: float = LEASE_S,
+    leads: bool = False,
 ) -> list[Job]:
-    """Up to `wanted` ready jobs of the lane, the batches in turn, leased to this worker."""
+    """Up to `wanted` ready jobs of the lane, the batches in turn, leased to this worker.
+
+    With `leads` none but the first job of a new batch, if such a batch is next.
+    """
     lanes = [keys.lane(lane, label) for label in labels]
     names = [keys.PREFIX, keys.turn(lane), *lanes]
-    return _jobs(await _claim(client, names, [worker_id, secrets.token_hex(8), lease_s, wanted]), lane)
+    return _jobs(
+        await _claim(client, names, [worker_id, secrets.token_hex(8), lease_s, wanted, "1" if leads else ""]), lane
+    )
 
 
 async def claim_quarantined(
@@ -114,7 +127,7 @@ async def claim_quarantined(
 
 def _jobs(slices: list[Any], lane: str, alone: bool = False) -> list[Job]:
     found: list[Job] = []
-    for batch_id, fence, indexes, crashes, block, first, history, large, most, ttl in slices:
+    for batch_id, fence, indexes, crashes, block, first, history, large, most, ttl, total in slices:
         requests = decode_block(block) if block else []
         attempts = dict(zip(history[::2], history[1::2], strict=True))
         fields = dict(zip(large[::2], large[1::2], strict=True))
@@ -134,6 +147,7 @@ def _jobs(slices: list[Any], lane: str, alone: bool = False) -> list[Job]:
                     ttl_s=int(ttl),
                     lane=lane,
                     alone=alone,
+                    leads=index == 0 and int(total) > 1,
                 )
             )
     return found

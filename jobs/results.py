@@ -14,12 +14,34 @@ from typing import Any
 
 import msgspec
 
+from jobs.states import JobState
+
 #: What Celery puts before a compressed result (`celery.backends.base.COMPRESSED_PAYLOAD_MAGIC`) and the type's name.
 MAGIC = b"\x00celery-compressed\x00"
 GZIP = MAGIC + b"application/x-gzip\x00"
 #: Stands for a body that is not there: msgspec can't read a `Raw | None`, and writes an empty `Raw` as no JSON at all.
 NO_BODY_JSON = b"null"
 NO_BODY = msgspec.Raw(NO_BODY_JSON)
+#: Said of a job that has ended and whose result is not there.
+NOT_KEPT = "The result is no longer kept: see MIMOQ_RESULT_TTL_S."
+#: In OpenAI's words, of a job that ended without an answer.
+_NOT_EXECUTED = {
+    JobState.CANCELLED: "This request was not executed because the batch was cancelled.",
+    JobState.EXPIRED: "This request could not be executed before the completion window expired.",
+}
+#: What Anthropic's SDKs know an error object by (not the `request_too_large` of the protocol), and for which status.
+_ANTHROPIC_STATUSES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_ANTHROPIC_TYPES = frozenset(_ANTHROPIC_STATUSES.values())
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -116,8 +138,13 @@ class StoredResult(msgspec.Struct, frozen=True):
         return f"StoredResult({self.task_id!r}, {self.status})"
 
 
+class _Refusal(msgspec.Struct):
+    error: dict[str, Any]
+
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(StoredResult).decode
+_decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 def success_payload(job_id: str, body: bytes, about: About, compress: bool) -> bytes:
@@ -168,49 +195,107 @@ def decode_result(payload: bytes) -> StoredResult:
 
 
 def one_line(raw: bytes | msgspec.Raw) -> bytes:
-    """JSON without line breaks: outside strings they are only space, inside strings JSON does not allow them raw."""
-    data = bytes(raw)
-    if b"\n" in data or b"\r" in data:
-        return data.replace(b"\r", b" ").replace(b"\n", b" ")
-    return data
+    """JSON on one line, for those too who cut lines where Unicode does (NEL, U+2028, U+2029).
+
+    Line breaks are only space outside strings, and not allowed raw inside them; the others stand in strings alone.
+    """
+    data = bytes(raw).replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\xc2\x85", b"\\u0085")
+    return data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
 
 
-def output_line(job_id: str, custom_id: str | None, stored: StoredResult | None) -> bytes:
+def _line(members: dict[str, Any]) -> bytes:
+    return one_line(_encode(members)) + b"\n"
+
+
+def nameless(stored: StoredResult | None) -> bool:
+    """Whether a result does not tell its job's custom id: none is kept, or a script wrote it."""
+    return stored is None or stored.mimoq is None or stored.status == "REVOKED"
+
+
+def upstream_error(failure: Failure) -> dict[str, Any] | None:
+    """The error object of an upstream's refusal; None for what is no refusal, or holds none that SDKs can read."""
+    if failure.status is None or failure.status < 400:
+        return None
+    try:
+        return _decode_refusal(failure.body).error
+    except (ValueError, RecursionError):
+        return None
+
+
+def output_line(
+    job_id: str, custom_id: str | None, stored: StoredResult | None, state: JobState | None = None
+) -> bytes:
     """The line of an OpenAI batch output or error file for one ended job, with its line break.
 
-    `stored` is None for a job whose result is no longer kept.
+    `stored` is None for a job whose result is no longer kept, or not told yet: `state` says what became of it then.
     """
     about = stored.mimoq if stored is not None else None
     response: Any = None
     error: Any = None
-    if stored is None:
-        error = {"code": "result_expired", "message": "The result is no longer kept: see MIMOQ_RESULT_TTL_S."}
-    elif stored.status == "SUCCESS":
+    if stored is not None and stored.status == "SUCCESS":
         response = {
             "status_code": (about and about.status) or 200,
             "request_id": about and about.request_id,
-            "body": msgspec.Raw(one_line(stored.result)),
+            "body": stored.result,
         }
     elif about is not None and about.error is not None:
         failure = about.error
         if failure.status is not None and bytes(failure.body) != NO_BODY_JSON:
-            response = {
-                "status_code": failure.status,
-                "request_id": about.request_id,
-                "body": msgspec.Raw(one_line(failure.body)),
-            }
+            response = {"status_code": failure.status, "request_id": about.request_id, "body": failure.body}
         if response is None or failure.status is None or failure.status < 400:
             # An HTTP error speaks for itself in the protocol; a bad answer with status 200 does not.
             error = {"code": failure.code, "message": failure.message}
+    elif (ended := _unanswered(stored, state)) is None:
+        error = {"code": "result_expired", "message": NOT_KEPT}
     else:
-        why = "expired" if b'"expired"' in bytes(stored.result) else "cancelled"
-        error = {"code": f"batch_{why}", "message": f"This request was not executed because the batch was {why}."}
-        if why == "expired":
-            error["message"] = "This request could not be executed before the batch expired."
-    return _encode({"id": f"batch_req_{job_id}", "custom_id": custom_id, "response": response, "error": error}) + b"\n"
+        error = {"code": f"batch_{ended}", "message": _NOT_EXECUTED[ended]}
+    return _line({"id": f"batch_req_{job_id}", "custom_id": custom_id, "response": response, "error": error})
+
+
+def message_line(custom_id: str | None, stored: StoredResult | None, state: JobState | None = None) -> bytes:
+    """The line of an Anthropic message batch's results for one ended job, with its line break.
+
+    `stored` and `state` are as for `output_line`.
+    """
+    about = stored.mimoq if stored is not None else None
+    result: dict[str, Any]
+    if stored is not None and stored.status == "SUCCESS":
+        result = {"type": "succeeded", "message": stored.result}
+    elif about is not None and about.error is not None:
+        result = _errored(_anthropic_error(about.error), about.request_id)
+    elif (ended := _unanswered(stored, state)) is None:
+        result = _errored({"type": "api_error", "message": NOT_KEPT}, None)
+    else:
+        result = {"type": "canceled" if ended is JobState.CANCELLED else "expired"}
+    return _line({"custom_id": custom_id, "result": result})
+
+
+def _unanswered(stored: StoredResult | None, state: JobState | None) -> JobState | None:
+    """Whether a job without an answer and a failure was cancelled or has expired; None where nothing tells."""
+    if stored is not None:
+        return JobState.EXPIRED if b'"expired"' in bytes(stored.result) else JobState.CANCELLED
+    return state if state in _NOT_EXECUTED else None
+
+
+def _errored(error: dict[str, Any], request_id: str | None) -> dict[str, Any]:
+    # Two levels: the inner one is what an HTTP answer's body would hold.
+    return {"type": "errored", "error": {"type": "error", "error": error, "request_id": request_id}}
+
+
+def _anthropic_error(failure: Failure) -> dict[str, Any]:
+    """The upstream's own error object where it is one of Anthropic's, else one that says the same."""
+    error = upstream_error(failure) or {}
+    kind, message = error.get("type"), error.get("message")
+    if not isinstance(message, str):
+        error, message = {}, f"{failure.code}: {failure.message}"
+    if error and isinstance(kind, str) and kind in _ANTHROPIC_TYPES:
+        return error
+    status = failure.status if failure.status is not None and failure.status >= 400 else 500
+    kind = _ANTHROPIC_STATUSES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": kind, "message": message}
 
 
 def error_line(row_id: str, custom_id: str | None, code: str, message: str) -> bytes:
     """A line of an error file for something that was never a job, with its line break."""
     error = {"code": code, "message": message}
-    return _encode({"id": f"batch_req_{row_id}", "custom_id": custom_id, "response": None, "error": error}) + b"\n"
+    return _line({"id": f"batch_req_{row_id}", "custom_id": custom_id, "response": None, "error": error})

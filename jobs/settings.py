@@ -137,6 +137,20 @@ class Settings(BaseSettings):
     api_max_upload_bytes: Positive = Field(
         1_000_000_000, description="Longest body of a batch sent as JSON lines; it is read as a stream."
     )
+    api_url: str | None = Field(
+        None,
+        description="Address that clients call the API by, for links in its answers. Unset: as each request names it.",
+    )
+    files_dir: Path | None = Field(
+        None,
+        description="Folder of files uploaded to the API, mode 0700; API processes on several machines share one. "
+        "Unset: `files` in DATA_DIR.",
+    )
+    file_max_bytes: Positive = Field(536_870_912, description="Longest uploaded file that is no batch's input.")
+    batch_max_bytes: Positive = Field(209_715_200, description="Longest input file of an OpenAI batch.")
+    batch_max_requests: Positive = Field(50_000, description="Requests of an OpenAI batch, at most.")
+    message_batch_max_bytes: Positive = Field(268_435_456, description="Longest body that creates a message batch.")
+    message_batch_max_requests: Positive = Field(100_000, description="Requests of a message batch, at most.")
     sync_timeout_s: Seconds = Field(
         300.0, description="Seconds a waiting call gets its answer in; the job goes on after it, and can be polled."
     )

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import keys
+from jobs.batches import BatchStatus as BatchStatus
+from jobs.batches import statuses
 from jobs.blocks import decode_block, decode_large
 from jobs.connections import redis_errors
-from jobs.errors import NotFound
+from jobs.errors import Conflict, NotFound
 from jobs.patience import Patience, no_patience, patient
 from jobs.requests import Request
-from jobs.results import StoredResult, Usage, decode_result
+from jobs.results import StoredResult, decode_result
 from jobs.room import Room
 from jobs.scripts import Script
 from jobs.states import TERMINAL, BatchState, JobState, job_id
@@ -36,44 +37,11 @@ STATES_BYTES = 16_384
 READ_JOBS = 200
 
 _cancel = Script("cancel")
+_delete = Script("delete")
 _sweep = Script("sweep")
 _requeue = Script("requeue")
 _pause = Script("pause")
 _retention = Script("retention")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchStatus:
-    """One look at a batch: its counts always add up to `total`; `reason` says why it paused by itself, else ''."""
-
-    batch_id: str
-    state: BatchState
-    lane: str
-    label: str
-    total: int
-    queued: int
-    running: int
-    succeeded: int
-    failed: int
-    cancelled: int
-    expired: int
-    attempts: int
-    late_answers: int
-    usage: Usage
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    slice_size: int
-    reason: str
-    tenant: str = ""
-    metadata: str = ""
-    callback: str = ""
-    deadline_at: float | None = None
-
-    @property
-    def ended(self) -> int:
-        """Jobs in a terminal state."""
-        return self.succeeded + self.failed + self.cancelled + self.expired
 
 
 class Store:
@@ -116,40 +84,17 @@ class Store:
 
     # -- reading
 
-    @patient
     def status(self, batch_id: str) -> BatchStatus:
         """One look at a batch. Raises `NotFound`."""
-        with redis_errors():
-            pipe = self.client.pipeline(transaction=True)
-            pipe.hgetall(keys.batch(batch_id))
-            pipe.hlen(keys.claims(batch_id))
-            raw, running = pipe.execute()
-        if not raw:
+        found = self.statuses([batch_id])[0]
+        if found is None:
             raise NotFound(f"there is no batch {batch_id}")
-        record = {name.decode(): value.decode() for name, value in raw.items()}
-        number = {name: int(record.get(name, 0)) for name in ("succeeded", "failed", "cancelled", "expired", "total")}
-        ended = number["succeeded"] + number["failed"] + number["cancelled"] + number["expired"]
-        return BatchStatus(
-            batch_id=batch_id,
-            state=BatchState(record["state"]),
-            lane=record["lane"],
-            label=record["label"],
-            running=running,
-            queued=number["total"] - ended - running,
-            attempts=int(record["attempts"]),
-            late_answers=int(record["late_answers"]),
-            usage=Usage(*(int(record[name]) for name in Usage.__struct_fields__)),
-            created_at=float(record["created_at"]),
-            started_at=float(record["started_at"]) if "started_at" in record else None,
-            finished_at=float(record["finished_at"]) if "finished_at" in record else None,
-            slice_size=int(record["size"]),
-            reason=record.get("reason", ""),
-            tenant=record.get("tenant", ""),
-            metadata=record.get("metadata", ""),
-            callback=record.get("callback", ""),
-            deadline_at=float(record["deadline_at"]) if "deadline_at" in record else None,
-            **number,
-        )
+        return found
+
+    @patient
+    def statuses(self, batch_ids: Sequence[str]) -> list[BatchStatus | None]:
+        """A look at each of these batches, in one round trip; None where there is none."""
+        return statuses(self.client, batch_ids)
 
     @patient
     def kept_batches(self, limit: int = 20) -> list[str]:
@@ -302,14 +247,18 @@ class Store:
                 self.client.hset(keys.batch(batch_id), "max_attempts", max_attempts)
 
     @patient
-    def requeue_failed(self, batch_id: str) -> int:
-        """Queues the failed jobs of a batch again; returns how many."""
+    def requeue_failed(self, batch_id: str, deadline_s: float | None = None) -> int:
+        """Queues the failed jobs of a batch again; returns how many.
+
+        One that was finished gets the new deadline, in seconds from now.
+        """
         again, start = 0, 0
+        deadline = "" if deadline_s is None else deadline_s
         with redis_errors():
             while start >= 0:
                 if self.results_client is not self.client:
                     self._forget_failures(batch_id, start)
-                count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
+                count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS, deadline])
                 again += count
             if again:
                 self._keep_results(batch_id)
@@ -335,6 +284,25 @@ class Store:
         failed = [start + place for place, byte in enumerate(states) if TERMINAL.get(byte) is JobState.FAILED]
         if failed:
             self.results_client.delete(*(keys.result(job_id(batch_id, index)) for index in failed))
+
+    @patient
+    def delete(self, batch_id: str, tenant: str) -> None:
+        """Deletes a tenant's finished batch and all results. Raises `NotFound`, or `Conflict` while it is not finished."""
+        with redis_errors():
+            total = int(_delete(self.client, [keys.PREFIX], [batch_id, tenant]))
+        if total == -1:
+            raise Conflict(f"batch {batch_id} is not finished; cancel it first")
+        if total < 0:
+            raise NotFound(f"there is no batch {batch_id}")
+        self.forget_results(batch_id, range(total))
+
+    @patient
+    def forget_results(self, batch_id: str, indexes: Sequence[int]) -> None:
+        """Deletes the results of these jobs."""
+        with redis_errors():
+            for start in range(0, len(indexes), SCRIPT_JOBS):
+                names = [keys.result(job_id(batch_id, index)) for index in indexes[start : start + SCRIPT_JOBS]]
+                self.results_client.unlink(*names)
 
     def subscribe(self, batch_id: str) -> Any:
         """A redis-py `PubSub` that gets a message whenever jobs of the batch end."""

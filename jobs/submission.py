@@ -40,8 +40,9 @@ class NewBatch:
     """What a batch is created with; times in seconds.
 
     `identity` is a digest of what makes a repeated submit the same one, '' for nothing; `content` the digest of what must
-    be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API; `metadata` a
-    JSON object and `callback` the address that is told of its end, '' for none.
+    be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API, `protocol`
+    the one it came by (`openai`, `anthropic`, '' for ours); `metadata` a JSON object and `callback` the address that is told
+    of its end, '' for none.
     """
 
     batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -59,10 +60,16 @@ class NewBatch:
     metadata: str = ""
     tenant: str = ""
     callback: str = ""
+    protocol: str = ""
 
     def further(self) -> list[Any]:
         """Fields of the record that not every batch has, name and value in turn."""
-        optional = {"max_attempts": self.max_attempts, "metadata": self.metadata, "callback": self.callback}
+        optional = {
+            "max_attempts": self.max_attempts,
+            "metadata": self.metadata,
+            "callback": self.callback,
+            "protocol": self.protocol,
+        }
         further: list[Any] = []
         for name, value in optional.items():
             if value:

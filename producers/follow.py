@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.connections import redis_errors
 from jobs.errors import StoreUnavailable
-from jobs.results import StoredResult, output_line
+from jobs.results import StoredResult, nameless, output_line
 from jobs.states import BatchState, JobState, job_id
 from jobs.store import READ_JOBS, Store
 
@@ -34,7 +34,7 @@ class Ended:
 
     def line(self) -> bytes:
         """The job's line of an OpenAI batch output or error file."""
-        return output_line(self.job_id, self.custom_id, self.stored)
+        return output_line(self.job_id, self.custom_id, self.stored, self.state)
 
 
 class Follower:
@@ -61,8 +61,8 @@ class Follower:
         # One without a state is queued again; its next end comes later.
         ended = [(index, state) for index, state in zip(fresh, states, strict=True) if state is not None]
         found = self._store.results(self.batch_id, [index for index, _ in ended])
-        nameless = [index for (index, _), stored in zip(ended, found, strict=True) if _nameless(stored)]
-        requests = self._store.requests(self.batch_id, nameless, self.slice_size) if nameless else {}
+        unnamed = [index for (index, _), stored in zip(ended, found, strict=True) if nameless(stored)]
+        requests = self._store.requests(self.batch_id, unnamed, self.slice_size) if unnamed else {}
         rows = []
         for (index, state), stored in zip(ended, found, strict=True):
             if index in requests:
@@ -93,11 +93,6 @@ class Follower:
 
     def _marked(self, index: int) -> bool:
         return index >> 3 < len(self._seen) and bool(self._seen[index >> 3] >> (index & 7) & 1)
-
-
-def _nameless(stored: StoredResult | None) -> bool:
-    """Whether a result does not tell its job's custom id: none is kept, or a script wrote it."""
-    return stored is None or stored.mimoq is None or stored.status == "REVOKED"
 
 
 class Listener:

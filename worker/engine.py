@@ -197,7 +197,7 @@ class Engine:
             outcome = Outcome(started_at=time.time(), error="poison")
             self.flusher.end(run.end(outcome, Verdict(Kind.FAILED, "poison"), self._compress))
             return
-        self._queue(run)
+        self._queue(run, first=job.leads)
 
     def _queue(self, run: Run, first: bool = False) -> None:
         """Into its line, unless its end or its way back is decided."""

@@ -29,6 +29,8 @@ OTHERS_S = 1.0
 #: long calls start in bursts.
 ROOM_S = 2.0
 LATELY_S = 5.0
+#: Seconds after which, without room, it is seen whether there is a new batch: its first job shows what is wrong with it.
+LEAD_S = 0.5
 
 log = structlog.get_logger("worker.intake")
 
@@ -61,6 +63,7 @@ class Intake:
         self._starts: deque[tuple[float, int]] = deque()
         self._began_at = 0.0  # of the calls that have been started lately
         self._claimed_at = 0.0
+        self._looked_at = 0.0  # for new batches
         self._changed = asyncio.Event()
         self.claiming = asyncio.Lock()  # held while a claim is on its way and what it brings is taken in
         self.stopping = False
@@ -125,6 +128,8 @@ class Intake:
             # Room that comes in crumbs is let grow: each claim decompresses a block of requests.
             if self._room(lane, target) >= max(1, min(self._settings.slice_size, target // 4)):
                 return True
+            if target > 0 and time.monotonic() - self._looked_at > LEAD_S:
+                await self._lead(lane)
             self._changed.clear()
             try:
                 async with asyncio.timeout(min(left, ASK_AGAIN_S)):
@@ -132,6 +137,18 @@ class Intake:
             except TimeoutError:
                 continue
         return False
+
+    async def _lead(self, lane: str) -> None:
+        """Claims the first job of a new batch, whatever waits here already."""
+        async with self.claiming:
+            if self.stopping:
+                return
+            self._looked_at = time.monotonic()
+            try:
+                jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, 1, leads=True)
+            except (RedisError, OSError):
+                return  # whoever claims next says so
+            await self._welcome(jobs)
 
     def room(self, lane: str = "bulk") -> int:
         """How many more jobs of the lane may be claimed: `ROOM_S` of what is started, none while the account is shut."""

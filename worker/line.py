@@ -89,15 +89,13 @@ class Lines:
         if line is None:
             line = self._lines[name] = Line(*name, self)
             self.caller.spawn(line.live())
-        if first:
-            line.waiting.appendleft(run)
-        else:
-            line.waiting.append(run)
+        (line.ahead if first else line.waiting).append(run)
         line.wake.set()
 
     def sift(self) -> None:
         """Takes out what is no longer to be called."""
         for line in self._lines.values():
+            line.ahead = deque(run for run in line.ahead if not run.over)
             line.waiting = deque(run for run in line.waiting if not run.over)
 
     def wake(self) -> None:
@@ -143,7 +141,7 @@ class Lines:
     def bounds(self) -> list[str]:
         """What holds the lines back at present."""
         lines = self._lines.values()
-        return sorted({line.bound for line in lines if line.bound and (line.waiting or line.shut_until)})
+        return sorted({line.bound for line in lines if line.bound and (line.jobs or line.shut_until)})
 
 
 class Line:
@@ -152,6 +150,7 @@ class Line:
     def __init__(self, model: str, lane: str, lines: Lines) -> None:
         self.model = model
         self.lane = lane
+        self.ahead: deque[Run] = deque()  # those that come first, whatever else waits
         self.waiting: deque[Run] = deque()
         self.wake = asyncio.Event()
         self.asking = 0
@@ -160,33 +159,38 @@ class Line:
         self._lines = lines
         self._caller = lines.caller
 
+    @property
+    def jobs(self) -> int:
+        """Jobs that wait."""
+        return len(self.ahead) + len(self.waiting)
+
     async def live(self) -> None:
         """Starts calls as the limiter lets them through, until there have been no jobs for a while."""
         while True:
-            if not self.waiting and self.shut_until:
+            if not self.jobs and self.shut_until:
                 await self._pause(max(self.shut_until - time.monotonic(), 0.01))
                 now = time.monotonic()
-                if not self.waiting and now >= self.shut_until:
+                if not self.jobs and now >= self.shut_until:
                     # The gate may be open, or want a probe. Should nothing be left to claim, the line ends as any other.
                     self.shut_until = 0.0
                     if now >= self._lines.gate_until:
                         self._lines.gate_until = 0.0
                     self._caller.look(self.lane)
                 continue
-            if not self.waiting:
+            if not self.jobs:
                 await self._pause(IDLE_S)
-                if not self.waiting and not self.wake.is_set():
+                if not self.jobs and not self.wake.is_set():
                     self._lines.drop(self.model, self.lane)
                     return
                 continue
-            wanted = min(self._caller.free(self.lane), len(self.waiting), RESERVE_BLOCK)
+            wanted = min(self._caller.free(self.lane), self.jobs, RESERVE_BLOCK)
             if wanted > 0:
                 await self._ask(wanted)
             else:
                 await self._pause(ASK_AGAIN_S)
 
     async def _ask(self, wanted: int) -> None:
-        candidates = [self.waiting.popleft() for _ in range(wanted)]
+        candidates = [(self.ahead or self.waiting).popleft() for _ in range(wanted)]
         for run in candidates:
             run.estimate = self._caller.estimate(run)
         asked_at = time.monotonic()

@@ -5,10 +5,11 @@
 -- KEYS[2]   virtual time of the lane (string)
 -- KEYS[3..] the lane's batches with ready work (zset), one key for each upstream label the worker serves
 -- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds    ARGV[4] jobs wanted, at most
+-- ARGV[5] '1' for nothing but the first job of a batch of several, of which none was handed out before, where one is next
 --
 -- Returns a list of slices, each {batch id, token, indexes joined by commas, crashes, compressed block, its first index,
 -- {index, attempts so far, ...} of jobs that have some, {index, request, ...} of large requests,
--- maximum of attempts or '', retention in seconds}. Crashes: -1 marks jobs that are to be ended as poison, not called.
+-- maximum of attempts or '', retention in seconds, jobs of the batch}. Crashes: -1 marks jobs that are to be ended as poison, not called.
 --
 -- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices.
 -- What a batch has ready is taken in this order: due retries, slices given back, then its never-claimed rest. Suspects
@@ -107,6 +108,10 @@ while got < wanted and rounds < 200 do
     end
   end
   if not batch then break end
+  if ARGV[5] == '1' then
+    local b = redis.call('HMGET', record(batch), 'cursor', 'total')
+    if b[1] ~= '0' or b[2] == '1' then break end
+  end
   local indexes, crashes = take(batch, wanted - got)
   if #indexes == 0 then
     if exhausted(batch) then redis.call('ZREM', lane, batch) end

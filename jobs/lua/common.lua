@@ -26,14 +26,15 @@ local function ended(batch, index)
   return byte ~= '' and byte ~= '\0'
 end
 
--- The batch has ready work: it joins its lane at the lane's present virtual time, unless it is there already. That is
--- the time of whoever is next for the same upstream; another upstream's workers may be far ahead or behind.
-local function wake(batch)
+-- The batch has ready work: it joins its lane at the lane's present virtual time, or `lead` jobs before it, unless it is there
+-- already. That is the time of whoever is next for the same upstream; another upstream's workers may be far ahead or behind.
+local function wake(batch, lead)
   local lane = redis.call('HMGET', record(batch), 'lane', 'label')
   if not lane[1] then return end
   local name = lane[1] .. ':' .. lane[2]
   local head = redis.call('ZRANGE', prefix .. 'lane:' .. name, 0, 0, 'WITHSCORES')
   local turn = head[2] or redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
+  if lead then turn = string.format('%.0f', tonumber(turn) - lead) end
   redis.call('SADD', prefix .. 'lanes', name)
   redis.call('ZADD', prefix .. 'lane:' .. name, 'NX', turn, batch)
 end
@@ -98,7 +99,19 @@ end
 
 local ENDED_BY = {c = 'cancelled', x = 'expired'}
 
--- The end of a batch, or of the job that is one, is to be told to its `callback`: an event in the outbox.
+-- An event in the outbox: what has happened to `subject` is to be told to an address. `counter` is the hash that numbers the
+-- batch's events.
+local function post(counter, batch, tenant, subject, what, url)
+  local id = 'evt_' .. batch .. '_' .. redis.call('HINCRBY', counter, 'events', 1)
+  local at = stamp(now())
+  redis.call('HSET', prefix .. 'event:' .. id, 'kind', 'webhook', 'type', what, 'tenant', tenant, 'subject', subject,
+    'url', url, 'created_at', at, 'attempts', 0)
+  redis.call('ZADD', prefix .. 'outbox', at, id)
+  redis.call('ZADD', prefix .. 'tenant:' .. tenant .. ':events', at, id)
+  redis.call('PUBLISH', prefix .. 'outbox', id)
+end
+
+-- The end of a batch, or of the job that is one, is to be told to its `callback`.
 local function post_event(batch)
   local r = redis.call('HMGET', record(batch), 'callback', 'tenant', 'single', 'closing', 'cancelled', 'expired', 'succeeded')
   if not r[1] then return end
@@ -107,13 +120,7 @@ local function post_event(batch)
     subject = batch .. '-0'
     what = 'job.' .. (r[5] ~= '0' and 'cancelled' or r[6] ~= '0' and 'expired' or r[7] ~= '0' and 'succeeded' or 'failed')
   end
-  local id = 'evt_' .. batch .. '_' .. redis.call('HINCRBY', record(batch), 'events', 1)
-  local at = stamp(now())
-  redis.call('HSET', prefix .. 'event:' .. id, 'kind', 'webhook', 'type', what, 'tenant', r[2] or '', 'subject', subject,
-    'url', r[1], 'created_at', at, 'attempts', 0)
-  redis.call('ZADD', prefix .. 'outbox', at, id)
-  redis.call('ZADD', prefix .. 'tenant:' .. (r[2] or '') .. ':events', at, id)
-  redis.call('PUBLISH', prefix .. 'outbox', id)
+  post(record(batch), batch, r[2] or '', subject, what, r[1])
 end
 
 -- Batches up to this many jobs have their results' expiry set in the step that ends them; larger ones by the reaper.
@@ -141,7 +148,7 @@ end
 local function close_if_over(batch)
   local b = record(batch)
   local n = redis.call('HMGET', b, 'total', 'succeeded', 'failed', 'cancelled', 'expired', 'state', 'ttl', 'lane', 'label',
-    'identity')
+    'identity', 'protocol')
   if n[6] == 'finished' or not n[1] then return false end
   if tonumber(n[2]) + tonumber(n[3]) + tonumber(n[4]) + tonumber(n[5]) < tonumber(n[1]) then return false end
   redis.call('HSET', b, 'state', 'finished', 'finished_at', stamp(now()))
@@ -153,9 +160,13 @@ local function close_if_over(batch)
     of(batch, 'quarantine'), of(batch, 'suspects'))
   local ttl = tonumber(n[7])
   redis.call('EXPIRE', b, ttl)
-  for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('EXPIRE', of(batch, part), ttl) end
+  for _, part in ipairs({'requests', 'states', 'done', 'strays', 'openai'}) do redis.call('EXPIRE', of(batch, part), ttl) end
   retire(batch, tonumber(n[1]), ttl)
-  post_event(batch)
+  if n[11] == 'openai' then
+    redis.call('ZADD', prefix .. 'openai:due', stamp(now()), batch)  -- its files come first, then its event
+  else
+    post_event(batch)
+  end
   -- The identity may stand for a newer batch by now, whose hold on it must not end with this one.
   local identity = prefix .. 'identity:' .. n[10]
   if n[10] ~= '' and redis.call('GET', identity) == batch then redis.call('EXPIRE', identity, ttl) end

@@ -27,11 +27,14 @@ local function create_batch(new)
   redis.call('ZADD', prefix .. 'batches', at, id)
   redis.call('SADD', prefix .. 'tenants', new.tenant)
   redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':batches', at, id)
+  local protocol = redis.call('HGET', record(id), 'protocol')
+  if protocol then redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':' .. protocol, 'NX', at, id) end
   let_open(id, new.total, at)
   if new.deadline ~= '' then
     local deadline = stamp(now() + tonumber(new.deadline))
     redis.call('ZADD', prefix .. 'deadlines', deadline, id)
     redis.call('HSET', record(id), 'deadline_at', deadline)
   end
-  if not close_if_over(id) then wake(id) end
+  -- Its first jobs are next, whatever else waits: what is wrong with all of them shows at once.
+  if not close_if_over(id) then wake(id, 1) end
 end

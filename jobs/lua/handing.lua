@@ -3,7 +3,7 @@
 -- Leases jobs of one block of a batch to a worker; returns the slice as `claim` does.
 local function hand_out(batch, indexes, worker, token, lease_s, crashes, alone)
   local claims, history, large = {}, {}, {}
-  local b = redis.call('HMGET', record(batch), 'size', 'max_attempts', 'ttl')
+  local b = redis.call('HMGET', record(batch), 'size', 'max_attempts', 'ttl', 'total')
   local size = tonumber(b[1])
   for i, index in ipairs(indexes) do
     claims[2 * i - 1], claims[2 * i] = index, token
@@ -20,5 +20,5 @@ local function hand_out(batch, indexes, worker, token, lease_s, crashes, alone)
   redis.call('HSETNX', record(batch), 'started_at', stamp(now()))
   local number = math.floor(tonumber(indexes[1]) / size)
   local block = redis.call('HGET', of(batch, 'requests'), number)
-  return {batch, token, list, crashes, block or '', number * size, history, large, b[2] or '', b[3]}
+  return {batch, token, list, crashes, block or '', number * size, history, large, b[2] or '', b[3], b[4]}
 end

@@ -5,6 +5,7 @@
 --
 -- KEYS[1] prefix
 -- ARGV[1] batch id    ARGV[2] first index to look at    ARGV[3] indexes to look at, at most
+-- ARGV[4] a new deadline of a batch that was finished, in seconds from now, or ''
 --
 -- Returns {jobs queued again, next index to look at or -1}.
 
@@ -47,8 +48,18 @@ if again > 0 then
     if redis.call('GET', prefix .. 'identity:' .. identity) == batch then
       redis.call('PERSIST', prefix .. 'identity:' .. identity)
     end
-    for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('PERSIST', of(batch, part)) end
+    for _, part in ipairs({'requests', 'states', 'done', 'strays', 'openai'}) do redis.call('PERSIST', of(batch, part)) end
     redis.call('HDEL', prefix .. 'retiring', batch)
+    redis.call('HDEL', of(batch, 'openai'), 'finalized_at')
+    redis.call('ZREM', prefix .. 'openai:due', batch)
+    for _, part in ipairs({'output', 'error'}) do
+      redis.call('DEL', prefix .. 'file:file-' .. batch .. '-' .. part)
+    end
+    if ARGV[4] ~= '' then
+      local deadline = stamp(now() + tonumber(ARGV[4]))
+      redis.call('ZADD', prefix .. 'deadlines', deadline, batch)
+      redis.call('HSET', record(batch), 'deadline_at', deadline)
+    end
   end
   wake(batch)
 end

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from anthropic.types.messages import MessageBatchIndividualResponse
 
 from jobs.requests import CHAT
 from jobs.results import (
@@ -20,10 +21,14 @@ from jobs.results import (
     decode_result,
     error_line,
     failure_payload,
+    message_line,
+    nameless,
     one_line,
     output_line,
     success_payload,
+    upstream_error,
 )
+from jobs.states import JobState
 
 USAGE = Usage(3, 2, 1, 0, 5)
 BODY = b'{\n "id": "1",\r\n "n": 1.50, "text": "a\\nb"}'
@@ -132,20 +137,25 @@ def test_no_answer_has_no_response() -> None:
 
 @pytest.mark.parametrize(
     ("why", "code", "text"),
-    [("cancelled", "batch_cancelled", "was cancelled"), ("expired", "batch_expired", "before the batch expired")],
+    [
+        ("cancelled", "batch_cancelled", "This request was not executed because the batch was cancelled."),
+        ("expired", "batch_expired", "This request could not be executed before the completion window expired."),
+    ],
 )
 def test_the_line_of_a_revoked_job(why: str, code: str, text: str) -> None:
     stored = decode_result(REVOKED % why.encode())
     assert stored.status == "REVOKED"
-    found = line(stored)
-    assert found["response"] is None
-    assert found["error"]["code"] == code
-    assert text in found["error"]["message"]
+    assert (line(stored)["response"], line(stored)["error"]) == (None, {"code": code, "message": text})
+    # Where results are elsewhere, its state is known before its result is there.
+    early = output_line("b-0", "c0", None, JobState(why))
+    assert early == output_line("b-0", "c0", stored)
+    assert (nameless(stored), nameless(None), nameless(failed(Failure("x", "y")))) == (True, True, False)
 
 
 def test_the_line_of_a_result_that_is_no_longer_kept() -> None:
     found = line(None)
     assert (found["response"], found["error"]["code"]) == (None, "result_expired")
+    assert output_line("b-0", "c0", None) == output_line("b-0", "c0", None, JobState.SUCCEEDED)
 
 
 def test_the_line_of_something_that_was_never_a_job() -> None:
@@ -157,8 +167,142 @@ def test_the_line_of_something_that_was_never_a_job() -> None:
     }
 
 
-@pytest.mark.parametrize("raw", [b'{"a":1}', b'{"a":\n1}', b'{\r\n"a"\r:"x\\n\\r"\n}'])
+# -- message batches
+
+MESSAGE = (
+    b'{"id":"msg_1","type":"message","role":"assistant","model":"m","content":[{"type":"text","text":"hi"}],'
+    b'"stop_reason":"end_turn","stop_sequence":null,"usage":{"input_tokens":3,"output_tokens":2},"more":1.50}'
+)
+
+
+def message_result(stored: StoredResult | None, state: JobState | None = None) -> Any:
+    """The result of a line, which Anthropic's SDK can read."""
+    raw = message_line("c0", stored, state)
+    assert raw.endswith(b"\n")
+    assert len(raw.decode().splitlines()) == 1
+    found = json.loads(raw)
+    assert list(found) == ["custom_id", "result"]
+    assert found["custom_id"] == "c0"
+    MessageBatchIndividualResponse.model_validate_json(raw, strict=True)
+    return found["result"]
+
+
+def errored(failure: Failure) -> tuple[str, str]:
+    """Type and message of a failure's error."""
+    found = message_result(failed(failure))
+    error = found["error"].pop("error")
+    assert found == {"type": "errored", "error": {"type": "error", "request_id": "req-1"}}
+    return error["type"], error["message"]
+
+
+def test_a_message_is_passed_on_as_it_came() -> None:
+    stored = decode_result(success_payload("b-0", MESSAGE, about(), True))
+    assert message_result(stored) == {"type": "succeeded", "message": json.loads(MESSAGE)}
+    assert message_line("c0", stored) == b'{"custom_id":"c0","result":{"type":"succeeded","message":%s}}\n' % MESSAGE
+
+
+def test_an_error_of_anthropics_is_passed_on_as_it_came() -> None:
+    error = {"type": "rate_limit_error", "message": "no", "more": 1}
+    for body in ({"type": "error", "error": error, "request_id": "theirs"}, {"error": error}):
+        found = message_result(failed(Failure("rate_limited", "ours", 429, msgspec.Raw(json.dumps(body).encode()))))
+        assert found["error"] == {"type": "error", "error": error, "request_id": "req-1"}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (402, "billing_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (413, "invalid_request_error"),
+        (421, "invalid_request_error"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (503, "api_error"),
+        (504, "timeout_error"),
+        (529, "overloaded_error"),
+    ],
+)
+def test_any_other_error_has_a_type_by_its_status(status: int, kind: str) -> None:
+    body = b'{"error":{"code":"%d","message":"their words","type":"server_busy","param":""}}' % status
+    assert errored(Failure("a_code", "ours", status, msgspec.Raw(body))) == (kind, "their words")
+    assert errored(Failure("a_code", "ours", status)) == (kind, "a_code: ours")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"null", b"5", b'"<html>"', b"[]", b'{"error":"no"}', b'{"error":{"type":"api_error","message":[1]}}', b"{}"],
+)
+def test_an_error_that_says_nothing_readable_is_told_in_our_words(body: bytes) -> None:
+    assert errored(Failure("bad_request", "ours", 400, msgspec.Raw(body))) == (
+        "invalid_request_error",
+        "bad_request: ours",
+    )
+
+
+def test_an_error_whose_type_is_no_text() -> None:
+    failure = Failure("x", "ours", 400, msgspec.Raw(b'{"error":{"type":[],"message":"theirs"}}'))
+    assert errored(failure) == ("invalid_request_error", "theirs")
+
+
+def test_no_answer_and_a_bad_answer_are_errors_of_the_api() -> None:
+    assert errored(Failure("timeout", "no answer")) == ("api_error", "timeout: no answer")
+    body = msgspec.Raw(b'{"error":{"type":"rate_limit_error","message":"in an answer"}}')
+    assert errored(Failure("empty_answer", "nothing in it", 200, body)) == ("api_error", "empty_answer: nothing in it")
+
+
+@pytest.mark.parametrize(("why", "kind"), [("cancelled", "canceled"), ("expired", "expired")])
+def test_a_message_that_was_never_asked_for(why: str, kind: str) -> None:
+    assert message_result(decode_result(REVOKED % why.encode())) == {"type": kind}
+    assert message_result(None, JobState(why)) == {"type": kind}
+
+
+def test_a_message_that_is_no_longer_kept() -> None:
+    found = message_result(None, JobState.SUCCEEDED)
+    assert found["error"]["error"]["type"] == "api_error"
+    assert "no longer kept" in found["error"]["error"]["message"]
+    assert found["error"]["request_id"] is None
+    assert message_result(None) == found
+
+
+def test_an_upstreams_error_object() -> None:
+    body = msgspec.Raw(b'{"error":{"message":"no"},"more":1}')
+    assert upstream_error(Failure("x", "y", 400, body)) == {"message": "no"}
+    for failure in (Failure("x", "y", 200, body), Failure("x", "y", None, body), Failure("x", "y", 400)):
+        assert upstream_error(failure) is None
+
+
+# -- one line
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":1}',
+        b'{"a":\n1}',
+        b'{\r\n"a"\r:"x\\n\\r"\n}',
+        '{"\u2028":"a\u2028b\u2029c\u0085d",\n"e":"\u00e2\u00a8\u0105\u2027\u202a"}'.encode(),
+    ],
+)
 def test_json_in_one_line_means_the_same(raw: bytes) -> None:
     found = one_line(raw)
-    assert not {b"\n"[0], b"\r"[0]} & set(found)
+    assert len(found.decode().splitlines()) == 1
     assert json.loads(found) == json.loads(raw)
+
+
+def test_every_text_of_a_line_is_on_one_line() -> None:
+    breaks = "a\u2028b\u2029c\u0085d\ne\rf\x0bg\x0ch\x1ci\x1dj\x1ek"
+    body = msgspec.Raw(json.dumps({"error": {"message": breaks}}, ensure_ascii=False, indent=1).encode())
+    for raw in (
+        output_line("b-0", breaks, decode_result(success_payload("b-0", bytes(body), about(), True))),
+        output_line("b-0", breaks, failed(Failure("code", breaks, 400, body))),
+        output_line("b-0", breaks, failed(Failure("code", breaks))),
+        message_line(breaks, decode_result(success_payload("b-0", bytes(body), about(), True))),
+        message_line(breaks, failed(Failure("code", breaks, 400, body))),
+        message_line(breaks, failed(Failure("code", breaks))),
+        error_line("b-0", breaks, "code", breaks),
+    ):
+        assert raw.decode().splitlines() == [raw.decode().removesuffix("\n")]
+        assert json.loads(raw)["custom_id"] == breaks

@@ -1,0 +1,226 @@
+"""The clerk: what OpenAI batches need done beside requests. Their input is validated and becomes a batch, or errors; once it
+has ended, its files are measured and it is over.
+
+What goes wrong: a process that dies over it leaves it due, and another does it again, which changes nothing that was done. A
+store that is away is waited for. An input file that lies on another machine's disk is left to who has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import BinaryIO, cast
+
+import msgspec
+import structlog
+
+from api.input_lines import InputLines, InvalidInput, LineError
+from api.openai_shapes import BatchErrors
+from api.output_rows import openai_block, rows, size
+from api.problems import Problem
+from api.ringer import Ringer
+from api.spool import Spool
+from api.threads import StoreThreads
+from jobs import files, openai_batches
+from jobs.errors import NoRoom, NotFound, StoreFull, StoreUnavailable
+from jobs.files import Part
+from jobs.openai_batches import LEASE_S, Due, OpenAIBatch, Step
+from jobs.settings import Settings
+from jobs.states import BatchState
+from jobs.store import Store
+from jobs.submission import NewBatch
+
+#: Seconds between two looks at what is due.
+LOOK_S = 0.25
+#: Batches that are worked on at once.
+AT_ONCE = 2
+#: Seconds between two renewals of a lease, and between two tries where something was not to be had.
+RENEW_S = LEASE_S / 6
+AGAIN_S = 5.0
+#: Steps of a cancel that are waited for, of 2,000 jobs each; the rest is the reaper's.
+CANCEL_STEPS = 10
+
+log = structlog.get_logger("api.clerk")
+
+
+class Unwanted(Exception):
+    """Somebody has cancelled what is being validated."""
+
+
+class Clerk:
+    """One process's share of it; `threads` are its own, at least `AT_ONCE` and one to look and renew."""
+
+    def __init__(
+        self, threads: StoreThreads, spool: Spool, ringer: Ringer, settings: Settings, label: str, model: str | None
+    ) -> None:
+        self._threads = threads
+        self._spool = spool
+        self._ringer = ringer
+        self._settings = settings
+        self._label = label
+        self._model = model
+        self._woken = asyncio.Event()
+        self._working: set[asyncio.Task[None]] = set()
+
+    def wake(self) -> None:
+        """Something is due."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Works until cancelled; what is under way then is done by another process, or by the next."""
+        try:
+            while True:
+                due = None
+                if len(self._working) < AT_ONCE:
+                    with suppress(StoreUnavailable, StoreFull):
+                        due = await self._threads.call(lambda store: openai_batches.take(store.client))
+                if due is None:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(LOOK_S):
+                            await self._woken.wait()
+                    self._woken.clear()
+                    continue
+                task = asyncio.create_task(self._work(due))
+                self._working.add(task)
+                task.add_done_callback(self._done)
+        finally:
+            for task in self._working:
+                task.cancel()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._working.discard(task)
+        self._woken.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("clerk_failed", error=type(error).__name__, exc_info=error)
+
+    async def _work(self, due: Due) -> None:
+        unwanted = threading.Event()
+        renewing = asyncio.create_task(self._renew(due.batch_id, unwanted))
+        steps: dict[Step, Callable[[Store, str, threading.Event], None]]
+        steps = {"validate": self._validate, "made": self._settle, "finalize": self._finalize}
+        step = steps[due.step]
+        try:
+            await self._threads.call(lambda store: step(store, due.batch_id, unwanted))
+        except NotFound:
+            return  # its time is over
+        except (StoreUnavailable, Problem, OSError) as error:  # the store is away, or the disk: it stays due
+            log.warning("clerk_waits", batch=due.batch_id, error=type(error).__name__)
+        finally:
+            unwanted.set()  # whoever still reads for it stops
+            renewing.cancel()
+
+    async def _renew(self, batch_id: str, unwanted: threading.Event) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            with suppress(StoreUnavailable, StoreFull):
+                if not await self._threads.call(lambda store: openai_batches.renew(store.client, batch_id)):
+                    unwanted.set()
+
+    # -- in threads
+
+    def _validate(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
+        """Makes its input a batch, or says what is wrong with it."""
+        batch = openai_batches.get(store.client, openai_batches.owner(store.client, batch_id), batch_id)
+        if batch.cancelling_at is not None:
+            self._end(store, batch_id, None)
+            return
+        lines = InputLines(
+            batch.endpoint,
+            model=batch.model or self._model,
+            max_requests=self._settings.batch_max_requests,
+            max_line_bytes=self._settings.max_line_bytes,
+            lenient=batch.lenient,
+        )
+        try:
+            with self._spool.open(batch.input_file_id) as stream:
+                watched = cast("BinaryIO", _Watched(stream, unwanted))
+                store.submit(lines.requests(watched), self._new(store, batch))
+        except NotFound:
+            self._missing(store, batch)
+        except InvalidInput as error:
+            self._end(store, batch_id, error.errors)
+        except Unwanted:
+            if openai_batches.renew(store.client, batch_id):
+                raise StoreUnavailable("this process is being stopped") from None
+            self._end(store, batch_id, None)
+        except (NoRoom, StoreFull) as error:
+            told = error.plain if isinstance(error, NoRoom) else str(error)
+            self._end(store, batch_id, [LineError("no_room", None, told, None)])
+        else:
+            self._settle(store, batch_id, unwanted, lines.model)
+            made = store.status(batch_id)
+            if made.state is BatchState.RUNNING:
+                self._ringer.ring(batch_id, made.lane, made.label, made.queued)
+
+    def _new(self, store: Store, batch: OpenAIBatch) -> NewBatch:
+        seconds, micros = store.client.time()
+        return NewBatch(
+            batch_id=batch.batch_id,
+            lane=batch.lane,
+            label=self._label,
+            slice_size=self._settings.slice_size,
+            ttl_s=self._settings.result_ttl_s,
+            # It counts from the batch's creation, however long its input waited to be validated.
+            deadline_s=batch.created_at + batch.window_s - seconds - micros / 1e6,
+            identity=batch.identity,
+            content=batch.content,
+            metadata=batch.metadata,
+            tenant=batch.tenant,
+            callback=batch.callback,
+            protocol="openai",
+        )
+
+    def _missing(self, store: Store, batch: OpenAIBatch) -> None:
+        try:
+            files.get(store.client, batch.tenant, batch.input_file_id)
+        except NotFound:
+            error = LineError("file_not_found", None, "the input file was deleted, or has expired", "input_file_id")
+            self._end(store, batch.batch_id, [error])
+            return
+        log.warning("input_elsewhere", batch=batch.batch_id, hint="share MIMOQ_FILES_DIR among the API's processes")
+        openai_batches.put_off(store.client, batch.batch_id, AGAIN_S)
+
+    def _end(self, store: Store, batch_id: str, errors: list[LineError] | None) -> None:
+        """It never becomes a batch: it has these errors, or nobody wants it any more."""
+        told = b"" if errors is None else msgspec.json.encode(BatchErrors(errors))
+        openai_batches.fail(
+            store.client, batch_id, "cancelled" if errors is None else "failed", told, self._settings.result_ttl_s
+        )
+
+    def _settle(self, store: Store, batch_id: str, _: threading.Event, model: str = "") -> None:
+        """Does what was wished while it was validated."""
+        while wish := openai_batches.made(store.client, batch_id, model):
+            if wish == "cancelled":
+                store.cancel(batch_id, CANCEL_STEPS)
+            else:
+                store.pause(batch_id)
+
+    def _finalize(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
+        """Measures its files, and ends it."""
+        status = store.status(batch_id)
+        if status.finished_at is None:
+            self._settle(store, batch_id, unwanted)
+            return
+
+        def measured(part: Part) -> tuple[int, int]:
+            indexes = rows(store, batch_id, part)
+            return len(indexes), size(store, status, indexes, openai_block)
+
+        output, errors = measured("output"), measured("error")
+        openai_batches.finalize(store.client, batch_id, status.finished_at, output, errors)
+
+
+class _Watched:
+    """A file that can be read as long as somebody wants it."""
+
+    def __init__(self, stream: BinaryIO, unwanted: threading.Event) -> None:
+        self._stream = stream
+        self._unwanted = unwanted
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes. Raises `Unwanted`."""
+        if self._unwanted.is_set():
+            raise Unwanted
+        return self._stream.read(size)

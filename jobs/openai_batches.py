@@ -1,0 +1,265 @@
+"""OpenAI batches: what the protocol adds to a batch, from its creation, before its input is validated, to its files.
+
+The protocol lets a batch exist before its requests are known to be good, and ends it only once its files can be had.
+Both ends are here: a record of its own beside the batch's, and a list of what is due, from which a process of the API takes
+what to validate and what to finalize (`api.clerk`). In between it is a batch as any other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+from jobs import keys
+from jobs.batches import BatchStatus, ask, told
+from jobs.connections import redis_errors
+from jobs.cursors import Asked, page
+from jobs.errors import Conflict, NotFound
+from jobs.scripts import Script
+from jobs.states import BatchState
+
+#: Seconds that who validates or finalizes has it to itself, unless renewed.
+LEASE_S = 30.0
+
+Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
+Step = Literal["validate", "made", "finalize"]
+Wish = Literal["cancelled", "paused", "running"]
+
+_create = Script("openai_create")
+_take = Script("openai_take")
+_mark = Script("openai_mark")
+_made = Script("openai_made")
+_fail = Script("openai_fail")
+_finalize = Script("openai_finalize")
+
+
+@dataclass(frozen=True, slots=True)
+class NewOpenAIBatch:
+    """What is asked for; times in seconds. `metadata` is a JSON object or '', `content` the digest of what was asked.
+
+    `lenient`: its requests came inline, without method and url; `model` is for those of them that name none.
+    """
+
+    batch_id: str
+    tenant: str
+    endpoint: str
+    input_file_id: str
+    window: str
+    window_s: float
+    content: str
+    identity: str = ""
+    metadata: str = ""
+    callback: str = ""
+    output_ttl_s: int | None = None
+    lenient: bool = False
+    model: str = ""
+    lane: str = "bulk"
+
+    def fields(self) -> dict[str, Any]:
+        """Of its record, those that it has."""
+        fields = {
+            "endpoint": self.endpoint,
+            "input_file_id": self.input_file_id,
+            "window": self.window,
+            "window_s": self.window_s,
+            "metadata": self.metadata,
+            "callback": self.callback,
+            "output_ttl_s": self.output_ttl_s,
+            "lenient": "1" if self.lenient else "",
+            "model": self.model,
+            "lane": self.lane,
+        }
+        return {name: value for name, value in fields.items() if value not in ("", None)}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIBatch:
+    """One look at an OpenAI batch; times in unix seconds. `made` is the batch it has become, None before that."""
+
+    batch_id: str
+    tenant: str
+    endpoint: str
+    input_file_id: str
+    window: str
+    window_s: float
+    created_at: float
+    metadata: str
+    callback: str
+    model: str
+    lane: str
+    lenient: bool
+    identity: str = field(repr=False)
+    content: str = field(repr=False)
+    errors: bytes = field(repr=False)
+    """JSON of its errors, b'' for none."""
+    failed_at: float | None
+    cancelled_at: float | None
+    cancelling_at: float | None
+    finalized_at: float | None
+    made: BatchStatus | None
+
+    @property
+    def status(self) -> Status:
+        """As the protocol calls it."""
+        if self.failed_at is not None:
+            return "failed"
+        if self.cancelled_at is not None:
+            return "cancelled"
+        made = self.made
+        if made is None:
+            return "validating" if self.cancelling_at is None else "cancelling"
+        if self.finalized_at is not None:
+            ends: dict[str, Status] = {"c": "cancelled", "x": "expired"}
+            return ends.get(made.closing, "completed")
+        if made.closing == "c":
+            return "cancelling"
+        return "in_progress" if made.state in (BatchState.RUNNING, BatchState.PAUSED) else "finalizing"
+
+
+class Due(NamedTuple):
+    """What is to be done with a batch."""
+
+    batch_id: str
+    step: Step
+
+
+def create(client: Any, new: NewOpenAIBatch) -> tuple[str, bool]:
+    """Writes it down; returns its id, and whether it was not there before. Raises `Conflict`."""
+    arguments: list[Any] = [new.batch_id, new.tenant, new.identity, new.content]
+    for name, value in new.fields().items():
+        arguments += [name, value]
+    with redis_errors():
+        word, batch_id = (raw.decode() for raw in _create(client, [keys.PREFIX], arguments))
+    if word == "conflict":
+        raise Conflict("this idempotency key stands for another batch; give this one a key of its own")
+    return batch_id, word == "created"
+
+
+def get(client: Any, tenant: str, batch_id: str) -> OpenAIBatch:
+    """A tenant's batch. Raises `NotFound`."""
+    found = _read(client, tenant, [batch_id])[0]
+    if found is None:
+        raise NotFound(f"there is no batch {batch_id}")
+    return found
+
+
+def batches_page(client: Any, tenant: str, asked: Asked) -> tuple[list[OpenAIBatch], bool]:
+    """A tenant's batches, and whether there are more. Raises `NotFound` for an unknown cursor."""
+    return page(client, keys.tenant_protocol(tenant, "openai"), asked, lambda ids: _read(client, tenant, ids))
+
+
+def wish(client: Any, batch_id: str, what: Wish) -> bool:
+    """Notes a wish for a batch that is being validated; False where it is a batch already, or has ended.
+
+    Raises `NotFound`.
+    """
+    with redis_errors():
+        word = _mark(client, [keys.PREFIX], [batch_id, what]).decode()
+    if word == "unknown":
+        raise NotFound(f"there is no batch {batch_id}")
+    return bool(word == "marked")
+
+
+# -- what is due
+
+
+def take(client: Any, lease_s: float = LEASE_S) -> Due | None:
+    """Something that is due, leased to the caller; None where nothing is."""
+    with redis_errors():
+        reply = _take(client, [keys.PREFIX], [lease_s])
+    return Due(reply[0].decode(), cast("Step", reply[1].decode())) if reply else None
+
+
+def renew(client: Any, batch_id: str, lease_s: float = LEASE_S) -> bool:
+    """Keeps it leased; returns whether it is still wanted: nobody has cancelled it."""
+    with redis_errors():
+        seconds, micros = client.time()
+        pipe = client.pipeline(transaction=True)
+        pipe.zadd(keys.OPENAI_DUE, {batch_id: seconds + micros / 1e6 + lease_s}, xx=True)
+        pipe.hexists(keys.openai(batch_id), "cancelling_at")
+        return not pipe.execute()[1]
+
+
+def put_off(client: Any, batch_id: str, seconds: float) -> None:
+    """Lets it be due again after so long, for whoever can do it then."""
+    renew(client, batch_id, seconds)
+
+
+def owner(client: Any, batch_id: str) -> str:
+    """The tenant whose it is. Raises `NotFound`."""
+    with redis_errors():
+        found = client.hget(keys.openai(batch_id), "tenant")
+    if found is None:
+        raise NotFound(f"there is no batch {batch_id}")
+    return str(found.decode())
+
+
+def made(client: Any, batch_id: str, model: str) -> str:
+    """It has become a batch of this model; returns what somebody wished meanwhile: `cancelled`, `paused`, '' for nothing.
+
+    It stays due until that has been done and this is called again.
+    """
+    with redis_errors():
+        return str(_made(client, [keys.PREFIX], [batch_id, model]).decode())
+
+
+def fail(client: Any, batch_id: str, word: Literal["failed", "cancelled"], errors: bytes, kept_s: int) -> None:
+    """Ends one that never was a batch; `errors` is the JSON of why."""
+    with redis_errors():
+        _fail(client, [keys.PREFIX], [batch_id, word, zlib.compress(errors) if errors else b"", kept_s])
+
+
+def finalize(client: Any, batch_id: str, finished_at: float, output: tuple[int, int], errors: tuple[int, int]) -> bool:
+    """Ends a finished one, whose files have so many lines and bytes; False where it was opened again, or ended before."""
+    with redis_errors():
+        arguments = [batch_id, f"{finished_at:.6f}", *output, *errors]
+        return bool(_finalize(client, [keys.PREFIX], arguments) == b"ended")
+
+
+def _read(client: Any, tenant: str, ids: Sequence[str]) -> list[OpenAIBatch | None]:
+    if not ids:
+        return []
+    with redis_errors():
+        pipe = client.pipeline(transaction=True)
+        for batch_id in ids:
+            pipe.hgetall(keys.openai(batch_id))
+            ask(pipe, batch_id)
+        replies = pipe.execute()
+    looks = zip(ids, replies[::3], replies[1::3], replies[2::3], strict=True)
+    return [
+        _batch(batch_id, own, told(batch_id, raw, running)) if own and own[b"tenant"].decode() == tenant else None
+        for batch_id, own, raw, running in looks
+    ]
+
+
+def _batch(batch_id: str, raw: dict[bytes, bytes], status: BatchStatus | None) -> OpenAIBatch:
+    errors = raw.pop(b"errors", b"")
+    record = {name.decode(): value.decode() for name, value in raw.items()}
+
+    def time(name: str) -> float | None:
+        return float(record[name]) if name in record else None
+
+    return OpenAIBatch(
+        batch_id=batch_id,
+        tenant=record["tenant"],
+        endpoint=record["endpoint"],
+        input_file_id=record["input_file_id"],
+        window=record["window"],
+        window_s=float(record["window_s"]),
+        created_at=float(record["created_at"]),
+        metadata=record.get("metadata", ""),
+        callback=record.get("callback", ""),
+        model=record.get("model", ""),
+        lane=record.get("lane", "bulk"),
+        lenient="lenient" in record,
+        identity=record["identity"],
+        content=record["content"],
+        errors=zlib.decompress(errors) if errors else b"",
+        failed_at=time("failed_at"),
+        cancelled_at=time("cancelled_at"),
+        cancelling_at=time("cancelling_at"),
+        finalized_at=time("finalized_at"),
+        made=status,
+    )
