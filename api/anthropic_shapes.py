@@ -27,7 +27,7 @@ class BatchedMessage(msgspec.Struct, forbid_unknown_fields=True):
         Raw,
         Meta(
             description="The body of `POST /v1/messages`, not streamed.",
-            extra_json_schema={"$ref": "#/components/schemas/MessagesBody"},
+            extra_json_schema={"anyOf": [{"$ref": "#/components/schemas/MessagesBody"}, {"type": "object"}]},
         ),
     ]
 

@@ -12,10 +12,10 @@ from fastapi.responses import StreamingResponse
 from api import bodies, progress, submitting, uploads
 from api.auth import Caller
 from api.core import Core
-from api.job_routes import Key
 from api.problems import Problem, not_found
 from api.routing import After, Limit, Route, answer, caller_of, core_of, gives, problems, ref
 from api.shapes import MOST_DEADLINE_S, BatchList, Endpoint, Lane, NewBatchBody, NewBatchOptions
+from api.submitting import Key
 from api.views import batch_view
 from jobs.errors import NotFound
 from jobs.pages import batches_page

@@ -12,10 +12,10 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from api import bodies, replay, submitting
 from api.auth import Caller
@@ -23,7 +23,7 @@ from api.core import Core
 from api.problems import FINAL, Problem, problem_of, protocol_of
 from api.routing import Route, caller_of, core_of, takes
 from api.shapes import NewBatchOptions
-from api.submitting import KEY_BOUNDS
+from api.submitting import Key, Retry
 from jobs import joins
 from jobs.errors import Conflict, InvalidRequest, MimoqError, StoreFull
 from jobs.looks import JobLook
@@ -74,20 +74,6 @@ def _documented(shape: str, response: str, error: str) -> dict[str, Any]:
     return {"openapi_extra": {**takes(shape), "responses": answers}, "response_class": Response}
 
 
-Key = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        description="The same key and body wait for the same job.",
-        json_schema_extra=KEY_BOUNDS,
-    ),
-]
-Retry = Annotated[
-    str | None,
-    Header(alias="x-stainless-retry-count", description="Over 0: this call was made before; it joins its job."),
-]
-
-
 @router.post(CHAT, summary="Complete a chat", **_documented("ChatBody", "A chat completion.", "OpenAI's error object."))
 async def complete_chat(request: Request, key: Key = None, retry: Retry = None) -> Response:
     """The call of OpenAI's SDKs."""
@@ -104,7 +90,7 @@ async def create_message(request: Request, key: Key = None, retry: Retry = None)
 
 async def _call(request: Request, endpoint: str, key: str | None, retry: str | None) -> Response:
     core, caller = core_of(request), caller_of(request)
-    again = retry is not None and retry.isascii() and retry.isdecimal() and retry.strip("0") != ""
+    again = submitting.is_retry(retry)
     with bodies.place(request):
         body = await bodies.read(request, core.settings.api_max_body_bytes)
         single, asked = await core.aside(len(body), lambda: _read(core, caller, endpoint, body, key, again))

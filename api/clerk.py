@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, cast
@@ -34,8 +35,9 @@ from jobs.submission import NewBatch
 
 #: Seconds between two looks at what is due.
 LOOK_S = 0.25
-#: Batches that are worked on at once.
-AT_ONCE = 2
+#: Batches that are worked on at once, and of them of one tenant: others wait for no one's thousand files.
+AT_ONCE = 3
+OF_ONE = 2
 #: Seconds between two renewals of a lease, and between two tries where something was not to be had.
 RENEW_S = LEASE_S / 6
 AGAIN_S = 5.0
@@ -62,7 +64,7 @@ class Clerk:
         self._label = label
         self._model = model
         self._woken = asyncio.Event()
-        self._working: set[asyncio.Task[None]] = set()
+        self._working: dict[asyncio.Task[None], str] = {}  # with the tenant it is for
 
     def wake(self) -> None:
         """Something is due."""
@@ -75,7 +77,8 @@ class Clerk:
                 due = None
                 if len(self._working) < AT_ONCE:
                     with suppress(StoreUnavailable, StoreFull):
-                        due = await self._threads.call(lambda store: openai_batches.take(store.client))
+                        busy = self._busy()
+                        due = await self._threads.call(lambda store: openai_batches.take(store.client, busy=busy))  # noqa: B023
                 if due is None:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(LOOK_S):
@@ -83,14 +86,14 @@ class Clerk:
                     self._woken.clear()
                     continue
                 task = asyncio.create_task(self._work(due))
-                self._working.add(task)
+                self._working[task] = due.tenant
                 task.add_done_callback(self._done)
         finally:
             for task in self._working:
                 task.cancel()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._working.discard(task)
+        del self._working[task]
         self._woken.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("clerk_failed", error=type(error).__name__, exc_info=error)
@@ -98,11 +101,11 @@ class Clerk:
     async def _work(self, due: Due) -> None:
         unwanted = threading.Event()
         renewing = asyncio.create_task(self._renew(due.batch_id, unwanted))
-        steps: dict[Step, Callable[[Store, str, threading.Event], None]]
+        steps: dict[Step, Callable[[Store, Due, threading.Event], None]]
         steps = {"validate": self._validate, "made": self._settle, "finalize": self._finalize}
         step = steps[due.step]
         try:
-            await self._threads.call(lambda store: step(store, due.batch_id, unwanted))
+            await self._threads.call(lambda store: step(store, due, unwanted))
         except NotFound:
             return  # its time is over
         except (StoreUnavailable, Problem, OSError) as error:  # the store is away, or the disk: it stays due
@@ -118,11 +121,16 @@ class Clerk:
                 if not await self._threads.call(lambda store: openai_batches.renew(store.client, batch_id)):
                     unwanted.set()
 
+    def _busy(self) -> list[str]:
+        """Tenants that have enough under work."""
+        return [tenant for tenant, count in Counter(self._working.values()).items() if count >= OF_ONE]
+
     # -- in threads
 
-    def _validate(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
+    def _validate(self, store: Store, due: Due, unwanted: threading.Event) -> None:
         """Makes its input a batch, or says what is wrong with it."""
-        batch = openai_batches.get(store.client, openai_batches.owner(store.client, batch_id), batch_id)
+        batch_id = due.batch_id
+        batch = openai_batches.get(store.client, due.tenant, batch_id)
         if batch.cancelling_at is not None:
             self._end(store, batch_id, None)
             return
@@ -149,7 +157,7 @@ class Clerk:
             told = error.plain if isinstance(error, NoRoom) else str(error)
             self._end(store, batch_id, [LineError("no_room", None, told, None)])
         else:
-            self._settle(store, batch_id, unwanted, lines.model)
+            self._settle(store, due, unwanted, lines.model)
             made = store.status(batch_id)
             if made.state is BatchState.RUNNING:
                 self._ringer.ring(batch_id, made.lane, made.label, made.queued)
@@ -189,19 +197,21 @@ class Clerk:
             store.client, batch_id, "cancelled" if errors is None else "failed", told, self._settings.result_ttl_s
         )
 
-    def _settle(self, store: Store, batch_id: str, _: threading.Event, model: str = "") -> None:
+    def _settle(self, store: Store, due: Due, _: threading.Event, model: str = "") -> None:
         """Does what was wished while it was validated."""
+        batch_id = due.batch_id
         while wish := openai_batches.made(store.client, batch_id, model):
             if wish == "cancelled":
                 store.cancel(batch_id, CANCEL_STEPS)
             else:
                 store.pause(batch_id)
 
-    def _finalize(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
+    def _finalize(self, store: Store, due: Due, unwanted: threading.Event) -> None:
         """Measures its files, and ends it."""
+        batch_id = due.batch_id
         status = store.status(batch_id)
         if status.finished_at is None:
-            self._settle(store, batch_id, unwanted)
+            self._settle(store, due, unwanted)
             return
 
         def measured(part: Part) -> tuple[int, int]:

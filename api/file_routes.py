@@ -220,7 +220,10 @@ def _delete(core: Core, store: Store, tenant: str, file_id: str) -> None:
                 },
                 "X-Last-Line": {"description": "The `offset` to go on with.", "schema": {"type": "string"}},
             },
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+                LINES: {"schema": {"type": "string"}},
+            },
         },
         **openai_problems(400, 404),
     },

@@ -7,21 +7,18 @@ Texts name fields and rules, and repeat nothing of a request but numbers that ar
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import msgspec
 
 from jobs.errors import MimoqError
-from jobs.requests import InvalidLine, Problem, Request, check_custom_id, parse_body
+from jobs.requests import InvalidLine, Problem, Request, check_custom_id, members, parse_body, plain
 from producers.reader import lines
 
 #: Bad lines that are told of one by one.
 MOST_ERRORS: Final = 10_000
 
-#: A name that may be repeated: what looks like one holds no prompt.
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _MISSING: Final = "is missing"
 
 
@@ -60,7 +57,6 @@ class _Told(msgspec.Struct):
     stream: bool | None = None
 
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder().decode
 _decode_told = msgspec.json.Decoder(_Told).decode
 
@@ -115,29 +111,19 @@ class InputLines:
         if raw is None:
             return None, [_Fault("line_too_long", "", f"is longer than {self._max_line_bytes:,} bytes")]
         try:
-            members = _decode_members(raw)
-        except (ValueError, RecursionError):
-            return None, [self._why_no_object(raw)]
+            found = members(raw)
+        except InvalidLine as error:
+            return None, [_Fault("invalid_json_line", "", error.problems[0].message)]
         faults: list[_Fault] = []
-        custom_id = self._custom_id(members.pop("custom_id", None), faults)
-        self._addressed("method", members.pop("method", None), "POST", "", faults)
-        self._addressed("url", members.pop("url", None), self._endpoint, ", the endpoint of the batch", faults)
-        request = self._body(members.pop("body", None), custom_id, faults)
-        for name in members:
-            param = name if _NAME.fullmatch(name) else ""
-            faults.append(_Fault("invalid_request", param, "stands beside custom_id, method, url and body"))
+        custom_id = self._custom_id(found.pop("custom_id", None), faults)
+        self._addressed("method", found.pop("method", None), "POST", "", faults)
+        self._addressed("url", found.pop("url", None), self._endpoint, ", the endpoint of the batch", faults)
+        request = self._body(found.pop("body", None), custom_id, faults)
+        beside = "stands beside custom_id, method, url and body"
+        faults += [_Fault("invalid_request", plain(name), beside) for name in found]
         if not faults and request is not None:
             self.model = self.model or _decode_told(request.body).model
         return request, faults
-
-    def _why_no_object(self, raw: bytes) -> _Fault:
-        try:
-            parse_body(raw, self._endpoint)
-        except InvalidLine as error:
-            for problem in error.problems:
-                if not problem.field:
-                    return _Fault("invalid_json_line", "", problem.message)
-        return _Fault("invalid_json_line", "", "is not a JSON object")
 
     def _custom_id(self, raw: msgspec.Raw | None, faults: list[_Fault]) -> str | None:
         value = _value(raw)
@@ -201,10 +187,10 @@ def _of_body(problem: Problem) -> _Fault:
 def _half_told(body: bytes) -> _Told:
     """What a bad body says of these two, as far as they are right."""
     try:
-        members = _decode_members(body)
-    except (ValueError, RecursionError):
+        found = members(body)
+    except InvalidLine:
         return _Told()
-    model, stream = _value(members.get("model")), _value(members.get("stream"))
+    model, stream = _value(found.get("model")), _value(found.get("stream"))
     return _Told(model if isinstance(model, str) else "", stream is True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from api import bodies, submitting
 from api.auth import Caller
@@ -13,7 +13,7 @@ from api.core import Core
 from api.problems import Problem, not_found
 from api.routing import After, Limit, Route, Wait, answer, caller_of, core_of, gives, problems, takes
 from api.shapes import JobList, NewJob, State
-from api.submitting import KEY_BOUNDS
+from api.submitting import Key
 from api.views import job_view
 from jobs.errors import NotFound
 from jobs.looks import JobLook
@@ -27,15 +27,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 
 _new_job = msgspec.json.Decoder(NewJob)
 _anything = msgspec.json.Decoder()
-
-Key = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        description="The same key with the same body gives the same job, for as long as it is kept.",
-        json_schema_extra=KEY_BOUNDS,
-    ),
-]
 
 
 @router.post(

@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from api import bodies, output_rows, uploads
+from api import bodies, output_rows, submitting, uploads
 from api.anthropic_shapes import PREFIX, WINDOW_S, DeletedMessageBatch, MessageBatchList, message_batch
 from api.auth import Caller
 from api.batch_routes import CANCEL_STEPS, TENANT_UPLOADS, Stream
 from api.core import Core
 from api.problems import FINAL, Problem, not_found
 from api.routing import Route, answer, caller_of, core_of, gives, takes
-from api.submitting import KEY_BOUNDS, checked_key
+from api.submitting import Key, Retry, checked_key
 from jobs import batches, cursors, keys
 from jobs.cursors import Asked
 from jobs.errors import Conflict, NotFound
@@ -53,14 +53,8 @@ Cursor = Annotated[str | None, Query(max_length=200, description="Of a batch: th
 )
 async def create_message_batch(
     request: Request,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            description="The same key with the same requests gives the same batch, for as long as it is kept.",
-            json_schema_extra=KEY_BOUNDS,
-        ),
-    ] = None,
+    key: Key = None,
+    retry: Retry = None,
 ) -> Response:
     """Read as a stream. All or nothing: a request that breaks a rule is named, and nothing is submitted."""
     core, caller = core_of(request), caller_of(request)
@@ -73,6 +67,8 @@ async def create_message_batch(
         identity=_identity(caller, key) if key is not None else "",
         tenant=caller.tenant,
         protocol=PROTOCOL,
+        alike=f"{PROTOCOL}\n{caller.tenant}" if key is None else "",
+        again=submitting.is_retry(retry),
     )
     with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
         body = bodies.chunks(request, settings.message_batch_max_bytes)

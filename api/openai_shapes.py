@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from api.input_lines import LineError
-from api.shapes import Callback, Lane, Metadata
+from api.shapes import Callback, Endpoint, Lane, Metadata
 from jobs.files import File
 from jobs.openai_batches import Status
 
@@ -55,8 +55,8 @@ class FileForm(msgspec.Struct, rename={"anchor": "expires_after[anchor]", "secon
 
     file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
     purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
-    anchor: Literal["created_at"] | None = None
-    seconds: Annotated[int, Meta(ge=EXPIRES_S[0], le=EXPIRES_S[1])] | None = None
+    anchor: Literal["created_at"] | UnsetType = UNSET
+    seconds: Annotated[int, Meta(ge=EXPIRES_S[0], le=EXPIRES_S[1])] | UnsetType = UNSET
 
 
 class OutputExpiresAfter(msgspec.Struct, forbid_unknown_fields=True):
@@ -89,7 +89,8 @@ class BatchOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class NewBatchObject(BatchOptions, kw_only=True):
     """A batch to be made: of an uploaded file, or of requests inline, whose `model` is for those that name none."""
 
-    requests: Annotated[list[InlineRequest], Meta(min_length=1)] | None = None
+    endpoint: Endpoint
+    requests: Annotated[list[InlineRequest], Meta(min_length=1)] | UnsetType = UNSET
 
 
 class RequestCounts(msgspec.Struct):

@@ -36,7 +36,7 @@ def batch_object(batch: OpenAIBatch) -> BatchObject:
         id=PREFIX + batch.batch_id,
         endpoint=batch.endpoint,
         model=batch.model or None,
-        errors=_errors.decode(batch.errors) if batch.errors else None,
+        errors=_errors.decode(batch.errors_json) if batch.errors else None,
         input_file_id=batch.input_file_id,
         completion_window=batch.window,
         status=status,

@@ -85,7 +85,8 @@ class Problem(Exception):
             return {"error": error}
         if protocol == "anthropic":
             kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-            error = {"type": kind, "message": self.detail, **self.members}
+            own = {name: value for name, value in self.members.items() if name != "param"}  # which is OpenAI's
+            error = {"type": kind, "message": self.detail, **own}
             return {"type": "error", "error": error, "request_id": request_id}
         return {
             "type": f"urn:mimoq:problem:{self.code}",

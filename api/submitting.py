@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from fastapi import Header
 
 from api.addresses import check_url
 from api.auth import Caller
@@ -18,7 +19,22 @@ from jobs.submission import NewBatch
 #: Characters of an idempotency key.
 KEY_CHARS = 255
 #: How that is documented; it is checked here, so that the answer is 400 as in other protocols.
-KEY_BOUNDS: dict[str, Any] = {"minLength": 1, "maxLength": KEY_CHARS}
+_KEY_BOUNDS: dict[str, Any] = {"minLength": 1, "maxLength": KEY_CHARS}
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="The same key with the same body gives what it gave before, for as long as that is kept.",
+        json_schema_extra=_KEY_BOUNDS,
+    ),
+]
+Retry = Annotated[
+    str | None,
+    Header(
+        alias="x-stainless-retry-count",
+        description="What SDKs count their retries in. Over 0: this call was made before, and finds what it made then.",
+    ),
+]
 
 
 def new_batch(
@@ -54,6 +70,11 @@ def new_batch(
 def identity_of(caller: Caller, key: str) -> str:
     """What an idempotency key of a tenant stands under."""
     return key_identity(f"api\n{caller.tenant}\n{checked_key(key)}")
+
+
+def is_retry(count: str | None) -> bool:
+    """Whether an SDK says that it makes this call again."""
+    return count is not None and count.isascii() and count.isdecimal() and count.strip("0") != ""
 
 
 def checked_key(key: str) -> str:

@@ -7,37 +7,27 @@ wrong: a request breaks a rule, the client goes, the store has no room. Nothing 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
-import msgspec
-
-from api.anthropic_shapes import CUSTOM_ID
 from api.core import Core
 from api.elements import Elements
+from api.input_messages import messages
 from api.problems import Problem
-from jobs.requests import MESSAGES, InvalidLine, Request, parse, parse_body
+from jobs.requests import InvalidLine, Request, parse
 from jobs.store import Store
 from jobs.submission import NewBatch, Submitted
 from producers.reader import lines
 
 #: Bytes of a body that wait for the thread that reads them.
 PIPE_BYTES = 1_000_000
-#: Broken rules that are told of one batch, and of a message batch, whose protocol has one text for all.
+#: Broken rules that are told of one batch.
 SHOWN_PROBLEMS = 20
-SHOWN_FAULTS = 5
 #: Bytes of a message batch beside its requests, where nothing is expected.
 REST_BYTES = 16_384
-
-#: A name that may be repeated: what looks like one holds no prompt.
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-_CUSTOM_ID = re.compile(CUSTOM_ID.strip("^$"))
-_PLACE = re.compile(r"\[(\d+)\]")
 
 T = TypeVar("T")
 
@@ -124,7 +114,7 @@ async def submit_messages(core: Core, body: AsyncIterator[bytes], new: NewBatch)
 
     def work(store: Store, stream: BinaryIO) -> Submitted:
         elements = Elements(stream, "requests", core.settings.max_line_bytes, REST_BYTES)
-        return store.submit(_messages(elements, core), new)
+        return store.submit(messages(elements, core.settings, core.model), new)
 
     return _rung(core, new, await carried(core, body, work))
 
@@ -165,119 +155,3 @@ def _good(found: Iterable[tuple[int, bytes | None]], core: Core, endpoint: str, 
             f"{bad:,} of the requests break a rule, nothing was submitted; {word} {first[word]}: {first['message']}"
         )
         raise Problem(422, "invalid_requests", detail, problems=problems)
-
-
-class _Fault(NamedTuple):
-    """A rule that an element breaks; `field` is empty where it is about the whole of it."""
-
-    field: str
-    message: str
-
-
-class _Told(msgspec.Struct):
-    """What a good body says that matters to its batch."""
-
-    stream: bool | None = None
-
-
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_value = msgspec.json.Decoder().decode
-_decode_told = msgspec.json.Decoder(_Told).decode
-
-
-def _messages(elements: Elements, core: Core) -> Iterator[Request]:
-    """The requests; once one breaks a rule no more come, the rest is only judged, and a `Problem` tells of them."""
-    most, longest = core.settings.message_batch_max_requests, core.settings.max_line_bytes
-    ids: set[bytes] = set()
-    told: list[str] = []
-    faulty = count = 0
-
-    def tell(place: str, message: str) -> None:
-        nonlocal faulty
-        faulty += 1
-        if len(told) < SHOWN_FAULTS:
-            told.append(f"{place}: {message}")
-
-    for index, raw in elements:
-        count += 1
-        if count > most:
-            raise Problem(400, "too_many_requests", f"requests: has over {most:,} items")
-        if raw is None:
-            tell(f"requests.{index}", f"is longer than {longest:,} bytes")
-            continue
-        request, faults = _message(raw, ids, core.model)
-        for fault in faults:
-            tell(f"requests.{index}.{fault.field}" if fault.field else f"requests.{index}", fault.message)
-        if not faulty and request is not None:
-            yield request
-    if not elements.found:
-        tell("requests", "is missing")
-    elif not count:
-        tell("requests", "is empty")
-    for name in elements.rest:
-        tell(name if _NAME.fullmatch(name) else "a member", "is not known; a message batch has `requests` alone")
-    if faulty:
-        first, *next_ones = told
-        more = f"; and {faulty - 1:,} more, as {'; '.join(next_ones)}" if next_ones else ""
-        raise Problem(400, "invalid_requests", first + more)
-
-
-def _message(raw: bytes, ids: set[bytes], model: str | None) -> tuple[Request | None, list[_Fault]]:
-    """The request of one element, or the rules that it breaks; `ids` are digests of the custom ids before it."""
-    try:
-        members = _decode_members(raw)
-    except (ValueError, RecursionError):
-        return None, [_Fault("", _why_no_object(raw))]
-    faults: list[_Fault] = []
-    custom_id = _custom_id(members.pop("custom_id", None), ids, faults)
-    params = members.pop("params", None)
-    request = None
-    if params is None:
-        faults.append(_Fault("params", "is missing"))
-    elif not (body := bytes(params)).startswith(b"{"):
-        faults.append(_Fault("params", "must be an object"))
-    else:
-        try:
-            request = parse_body(body, MESSAGES, model=model, custom_id=custom_id)
-        except InvalidLine as error:
-            faults += [_Fault(_in_params(problem.field), problem.message) for problem in error.problems]
-        else:
-            if _decode_told(request.body).stream:
-                faults.append(_Fault("params.stream", "is not supported in a batch"))
-    for name in members:
-        faults.append(_Fault(name if _NAME.fullmatch(name) else "", "stands beside custom_id and params"))
-    return request, faults
-
-
-def _why_no_object(raw: bytes) -> str:
-    try:
-        parse_body(raw, MESSAGES)
-    except InvalidLine as error:
-        for problem in error.problems:
-            if not problem.field:
-                return problem.message
-    return "must be an object"
-
-
-def _custom_id(raw: msgspec.Raw | None, ids: set[bytes], faults: list[_Fault]) -> str | None:
-    if raw is None:
-        faults.append(_Fault("custom_id", "is missing"))
-        return None
-    try:
-        value = _decode_value(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, str) or not _CUSTOM_ID.fullmatch(value):
-        faults.append(_Fault("custom_id", f"must be a string that matches {CUSTOM_ID}"))
-        return None
-    # 8 bytes each, not the ids: there may be many. A bad request keeps its id, so that mending it makes no other one bad.
-    digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
-    if digest in ids:
-        faults.append(_Fault("custom_id", "is that of an earlier request too"))
-    ids.add(digest)
-    return value
-
-
-def _in_params(field: str) -> str:
-    """`params.messages.3.role` of `messages[3].role`, as Anthropic writes it."""
-    return _PLACE.sub(r".\1", f"params.{field}" if field else "params")

@@ -128,6 +128,11 @@ def identity(digest: str) -> str:
     return f"{PREFIX}identity:{digest}"
 
 
+def made(digest: str) -> str:
+    """string with expiry: the batch that a call without an idempotency key made, for the same call made again."""
+    return f"{PREFIX}made:{digest}"
+
+
 def limit(account: str, model: str) -> str:
     """hash: levels of the buckets, window, gate, learned rate: what limits.lua and adapt.lua name."""
     return f"{PREFIX}limit:{account}:{model}"

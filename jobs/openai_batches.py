@@ -8,7 +8,7 @@ what to validate and what to finalize (`api.clerk`). In between it is a batch as
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,9 +19,12 @@ from jobs.cursors import Asked, page
 from jobs.errors import Conflict, NotFound
 from jobs.scripts import Script
 from jobs.states import BatchState
+from jobs.submission import made_digest
 
 #: Seconds that who validates or finalizes has it to itself, unless renewed.
 LEASE_S = 30.0
+#: Batches that are due and looked at, in search of one whose tenant has not enough under work.
+LOOKED_AT = 1_000
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 Step = Literal["validate", "made", "finalize"]
@@ -39,7 +42,8 @@ _finalize = Script("openai_finalize")
 class NewOpenAIBatch:
     """What is asked for; times in seconds. `metadata` is a JSON object or '', `content` the digest of what was asked.
 
-    `lenient`: its requests came inline, without method and url; `model` is for those of them that name none.
+    `lenient`: its requests came inline, without method and url; `model` is for those of them that name none. `again`: the
+    call is made again, without an idempotency key, by somebody who did not hear what it made.
     """
 
     batch_id: str
@@ -56,6 +60,7 @@ class NewOpenAIBatch:
     lenient: bool = False
     model: str = ""
     lane: str = "bulk"
+    again: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Of its record, those that it has."""
@@ -93,12 +98,17 @@ class OpenAIBatch:
     identity: str = field(repr=False)
     content: str = field(repr=False)
     errors: bytes = field(repr=False)
-    """JSON of its errors, b'' for none."""
+    """Compressed, b'' for none: there may be ten thousand."""
     failed_at: float | None
     cancelled_at: float | None
     cancelling_at: float | None
     finalized_at: float | None
     made: BatchStatus | None
+
+    @property
+    def errors_json(self) -> bytes:
+        """Its errors, b'' for none."""
+        return zlib.decompress(self.errors) if self.errors else b""
 
     @property
     def status(self) -> Status:
@@ -119,15 +129,17 @@ class OpenAIBatch:
 
 
 class Due(NamedTuple):
-    """What is to be done with a batch."""
+    """What is to be done with a batch of a tenant's."""
 
     batch_id: str
     step: Step
+    tenant: str
 
 
 def create(client: Any, new: NewOpenAIBatch) -> tuple[str, bool]:
     """Writes it down; returns its id, and whether it was not there before. Raises `Conflict`."""
-    arguments: list[Any] = [new.batch_id, new.tenant, new.identity, new.content]
+    alike = "" if new.identity else made_digest(f"openai\n{new.tenant}", new.content)
+    arguments: list[Any] = [new.batch_id, new.tenant, new.identity, new.content, alike, "1" if new.again else ""]
     for name, value in new.fields().items():
         arguments += [name, value]
     with redis_errors():
@@ -165,11 +177,11 @@ def wish(client: Any, batch_id: str, what: Wish) -> bool:
 # -- what is due
 
 
-def take(client: Any, lease_s: float = LEASE_S) -> Due | None:
-    """Something that is due, leased to the caller; None where nothing is."""
+def take(client: Any, lease_s: float = LEASE_S, busy: Iterable[str] = ()) -> Due | None:
+    """Something that is due, leased to the caller; None where nothing is but of the tenants that are `busy`."""
     with redis_errors():
-        reply = _take(client, [keys.PREFIX], [lease_s])
-    return Due(reply[0].decode(), cast("Step", reply[1].decode())) if reply else None
+        reply = [raw.decode() for raw in _take(client, [keys.PREFIX], [lease_s, LOOKED_AT, *busy])]
+    return Due(reply[0], cast("Step", reply[1]), reply[2]) if reply else None
 
 
 def renew(client: Any, batch_id: str, lease_s: float = LEASE_S) -> bool:
@@ -185,15 +197,6 @@ def renew(client: Any, batch_id: str, lease_s: float = LEASE_S) -> bool:
 def put_off(client: Any, batch_id: str, seconds: float) -> None:
     """Lets it be due again after so long, for whoever can do it then."""
     renew(client, batch_id, seconds)
-
-
-def owner(client: Any, batch_id: str) -> str:
-    """The tenant whose it is. Raises `NotFound`."""
-    with redis_errors():
-        found = client.hget(keys.openai(batch_id), "tenant")
-    if found is None:
-        raise NotFound(f"there is no batch {batch_id}")
-    return str(found.decode())
 
 
 def made(client: Any, batch_id: str, model: str) -> str:
@@ -256,7 +259,7 @@ def _batch(batch_id: str, raw: dict[bytes, bytes], status: BatchStatus | None) -
         lenient="lenient" in record,
         identity=record["identity"],
         content=record["content"],
-        errors=zlib.decompress(errors) if errors else b"",
+        errors=errors,
         failed_at=time("failed_at"),
         cancelled_at=time("cancelled_at"),
         cancelling_at=time("cancelling_at"),

@@ -37,6 +37,7 @@ _TOO_DEEP = f"is nested too deeply, {MAX_DEPTH} levels are allowed"
 _HALF_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff), which no UTF-8 can hold"
 # Control characters, line separators and surrogates: an id is one word or phrase on one line.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 T = TypeVar("T")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -138,6 +139,16 @@ def parse_body(body: bytes, endpoint: str, *, model: str | None = None, custom_i
     """
     sent = body.strip()
     return Request(endpoint, _with_model(sent, _judged(endpoint, sent), model), custom_id)
+
+
+def members(line: bytes) -> dict[str, msgspec.Raw]:
+    """The members of one JSON object, not decoded. Raises `InvalidLine`, and nothing else whatever the bytes."""
+    return _decode(_fields, line)
+
+
+def plain(name: str) -> str:
+    """The name of an unknown member where it may be repeated: what looks like a name holds no prompt. Else ''."""
+    return name if _PLAIN.fullmatch(name) else ""
 
 
 def check_custom_id(custom_id: str) -> None:

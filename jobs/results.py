@@ -289,7 +289,7 @@ def _anthropic_error(failure: Failure) -> dict[str, Any]:
     if not isinstance(message, str):
         error, message = {}, f"{failure.code}: {failure.message}"
     if error and isinstance(kind, str) and kind in _ANTHROPIC_TYPES:
-        return error
+        return {"type": kind, "message": message}  # and nothing else that an upstream may add
     status = failure.status if failure.status is not None and failure.status >= 400 else 500
     kind = _ANTHROPIC_STATUSES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": kind, "message": message}

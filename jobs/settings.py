@@ -198,6 +198,18 @@ class Settings(BaseSettings):
         # The OpenAI SDK's habit of naming the address with its /v1 is forgiven.
         return value.rstrip("/").removesuffix("/v1")
 
+    @field_validator("api_url")
+    @classmethod
+    def _api_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        # Clients of Anthropic take braces for the names of parts that they are to fill in.
+        odd = parts.username or parts.password or parts.query or parts.fragment or any(c in value for c in "{} ")
+        if parts.scheme not in ("http", "https") or not parts.hostname or odd:
+            raise ValueError("must be an address like https://host or https://host/prefix")
+        return value.rstrip("/")
+
     @field_validator("endpoint_path")
     @classmethod
     def _path(cls, value: str | None) -> str | None:

@@ -42,7 +42,8 @@ class NewBatch:
     `identity` is a digest of what makes a repeated submit the same one, '' for nothing; `content` the digest of what must
     be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API, `protocol`
     the one it came by (`openai`, `anthropic`, '' for ours); `metadata` a JSON object and `callback` the address that is told
-    of its end, '' for none.
+    of its end, '' for none. `alike` names who may make this call again without an idempotency key, '' for nobody; `again`
+    says that this is such a call, which finds what it made before.
     """
 
     batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -61,6 +62,8 @@ class NewBatch:
     tenant: str = ""
     callback: str = ""
     protocol: str = ""
+    alike: str = ""
+    again: bool = False
 
     def further(self) -> list[Any]:
         """Fields of the record that not every batch has, name and value in turn."""
@@ -116,7 +119,7 @@ class Submission:
 
     def submit(self, requests: Iterable[Request]) -> Submitted:
         """Does it all. Raises `Conflict`, `NoRoom` or `StoreUnavailable`; nothing is left behind then."""
-        if self._new.identity and not self._new.content:
+        if (self._new.identity or self._new.alike) and not self._new.content:
             requests = self._digested(requests)
         there = self._patience.call(self._look) if self._new.identity else None
         if there is not None:
@@ -128,7 +131,7 @@ class Submission:
             return self._submitted("exists" if content == self._content else "conflict", batch_id)
         with self._unstaging():
             self._stage(requests)
-            if self._new.identity:
+            if self._new.identity or self._new.alike:
                 self._content = self._new.content or self._digest.hexdigest()
             try:
                 word, batch_id = self._patience.call(self._create)
@@ -256,9 +259,18 @@ class Submission:
             new.answered.count(b"s"),
             new.answered.count(b"f"),
             self._fields,
+            made_digest(new.alike, self._content),
+            "1" if new.again else "",
             *further,
         ]
         self._tries += 1
         with redis_errors():
             reply = _create(self._client, [keys.PREFIX, self._staged], arguments)
         return reply[0].decode(), reply[1].decode() if len(reply) > 1 else new.batch_id
+
+
+def made_digest(alike: str, content: str) -> str:
+    """What a call that is made again shares with itself; '' for one that nobody makes again."""
+    if not alike:
+        return ""
+    return hashlib.blake2b(f"{alike}\n{content}".encode(), digest_size=16).hexdigest()

@@ -11,6 +11,20 @@ local function there_before(id, identity, content)
   end
 end
 
+-- Seconds that a call made again finds what it made the first time.
+local MADE_S = 900
+
+-- The batch that a call of this digest has made, where `again` says that it is that call made again, by somebody who did not
+-- hear of it. `part` names the record that tells whether it is still there.
+local function made_before(digest, again, part)
+  local id = digest ~= '' and again == '1' and redis.call('GET', prefix .. 'made:' .. digest)
+  if id and redis.call('EXISTS', part and of(id, part) or record(id)) == 1 then return {'exists', id} end
+end
+
+local function remember_made(digest, id)
+  if digest ~= '' then redis.call('SET', prefix .. 'made:' .. digest, id, 'EX', MADE_S) end
+end
+
 -- Makes the record of a batch whose requests lie where they belong, and lets it be found. `new` has id, lane, label, total,
 -- size, identity, content, ttl, tenant, deadline (seconds from now, '' for none), answered (states of jobs answered before,
 -- '' for none), succeeded and failed (how many of these), and further fields of the record in turn.

@@ -16,7 +16,8 @@
 --
 -- When the first jobs that end all fail with one code, what is wrong is wrong with the batch: it pauses and says why,
 -- before the rest is called for nothing. A job that succeeds ends the watch for good; a resume or a requeue begins it
--- anew (pause.lua, requeue.lua). The record holds alike = that code, '*' once they differ, and alike_count.
+-- anew (pause.lua, requeue.lua). The record holds alike = that code, '*' once they differ, and alike_count. The protocols have
+-- no word for it, and who polls one would wait until its window ends: their batches do not pause by themselves.
 
 --!include common.lua
 
@@ -35,8 +36,8 @@ local counts = {s = 0, f = 0}
 local late, order, codes, stored = 0, {}, {}, 0
 
 local function pause_if_alike()
-  local r = redis.call('HMGET', b, 'succeeded', 'alike', 'alike_count', 'state')
-  if tonumber(r[1]) > 0 or r[2] == '*' then return end
+  local r = redis.call('HMGET', b, 'succeeded', 'alike', 'alike_count', 'state', 'protocol')
+  if tonumber(r[1]) > 0 or r[2] == '*' or r[5] then return end
   local alike, count = r[2] or codes[1], tonumber(r[3] or '0')
   for i = 1, math.min(#codes, ALIKE - count) do
     if codes[i] ~= alike then alike = '*' end

@@ -3,24 +3,24 @@
 -- process that dies is due again. Out of memory too: to finalize costs little, and what is paid for is to be had.
 --
 -- KEYS[1] prefix
--- ARGV[1] lease in seconds
+-- ARGV[1] lease in seconds    ARGV[2] batches looked at, at most    ARGV[3..] tenants that have enough under work
 --
--- Returns {batch id, what is to be done: 'validate', 'made' (it has been made a batch since) or 'finalize'}, or {} where
--- nothing is due.
+-- Returns {batch id, what is to be done: 'validate', 'made' (it has been made a batch since) or 'finalize', tenant}, or {}
+-- where nothing of other tenants is due.
 
 --!include common.lua
 
 local at = now()
-for _ = 1, 100 do
-  local due = redis.call('ZRANGEBYSCORE', prefix .. 'openai:due', '-inf', stamp(at), 'LIMIT', 0, 1)
-  if #due == 0 then break end
-  local id = due[1]
-  if redis.call('HEXISTS', of(id, 'openai'), 'created_at') == 0 then
+local busy = {}
+for i = 3, #ARGV do busy[ARGV[i]] = true end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'openai:due', '-inf', stamp(at), 'LIMIT', 0, ARGV[2])) do
+  local tenant = redis.call('HGET', of(id, 'openai'), 'tenant')
+  if not tenant then
     redis.call('ZREM', prefix .. 'openai:due', id)
-  else
+  elseif not busy[tenant] then
     redis.call('ZADD', prefix .. 'openai:due', stamp(at + tonumber(ARGV[1])), id)
     local state = redis.call('HGET', record(id), 'state')
-    return {id, not state and 'validate' or state == 'finished' and 'finalize' or 'made'}
+    return {id, not state and 'validate' or state == 'finished' and 'finalize' or 'made', tenant}
   end
 end
 return {}

@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import schemathesis
 
-#: Ids of things that are there, by the names that paths have for them; the token; the operations that give out streams.
+#: Ids of things that are there, by the names that paths have for them, or, of the several kinds of batches, by what their
+#: paths begin with; the token; the operations that give out streams.
 THERE: dict[str, str] = json.loads(os.environ.get("THERE", "{}"))
 TOKEN = os.environ.get("TOKEN", "")
 STREAMS = ("/v1/job-batches/{batch}/events", "/v1/job-batches/{batch}/results")
@@ -20,8 +21,10 @@ def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) ->
     """Also what is there is asked for: in place of every other id that is made up."""
     if path_parameters is None:
         return None
+    path = context.operation.path
+    there = {**THERE, "batch": next((THERE[start] for start in THERE if path.startswith(f"{start}/")), "")}
     return {
-        name: THERE[name] if name in THERE and len(str(value)) % 2 else value for name, value in path_parameters.items()
+        name: there[name] if name in there and len(str(value)) % 2 else value for name, value in path_parameters.items()
     }
 
 

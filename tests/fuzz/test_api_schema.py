@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.api_stand import api_stand, ask, line
+from jobs.requests import CHAT
+from tests.integration.api_stand import api_stand, ask, ask_message, line, lines
 from tests.waiting import wait_for
 
 #: Requests that are made up for one operation, and walks through several.
@@ -32,6 +33,12 @@ max-steps = 6
 [[operations]]
 include-path = "/v1/job-batches"
 checks.positive_data_acceptance.enabled = false
+
+# What one field may be depends on another: a file or requests inline, both of two fields or neither; a cursor must be there,
+# and what may be done to a batch depends on its state.
+[[operations]]
+include-path-regex = "^/v1/(files|batches|messages/batches)"
+checks.positive_data_acceptance.enabled = false
 """
 
 
@@ -45,6 +52,15 @@ def test_what_is_made_of_the_openapi_file(tmp_path: Path) -> None:
         batch = client.post("/v1/job-batches", json={"requests": [line(), line()]}).json()["id"]
         wait_for(lambda: client.get(f"/v1/job-batches/{batch}").json()["state"] == "finished", what="a batch's end")
         assert job["state"] == "succeeded"
+        file = client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", lines(line()))}).json()[
+            "id"
+        ]
+        asked = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+        files = client.post("/v1/batches", json=asked).json()["id"]
+        messages = [{"custom_id": "a", "params": ask_message()}]
+        message = client.post("/v1/messages/batches", json={"requests": messages}).json()["id"]
+        there = {"job": job["id"], "file": file, "/v1/job-batches": batch, "/v1/batches": files}
+        there["/v1/messages/batches"] = message
         config = tmp_path / "schemathesis.toml"
         config.write_text(CONFIG)
         ended = subprocess.run(
@@ -55,7 +71,7 @@ def test_what_is_made_of_the_openapi_file(tmp_path: Path) -> None:
                 *("--generation-deterministic", "--continue-on-failure"),
             ],
             cwd=tmp_path,
-            env=os.environ | {"THERE": json.dumps({"job": job["id"], "batch": batch}), "TOKEN": token},
+            env=os.environ | {"THERE": json.dumps(there), "TOKEN": token},
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,

@@ -208,6 +208,50 @@ async def until_full(stand: Any) -> None:
 
 
 @in_loop
+async def test_the_first_job_of_a_new_batch_is_called_next(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.intake, "LEAD_S", 0.0)
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=1, slice_size=20) as stand:
+        stand.submit(500, slice_size=20)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await until(lambda: stand.upstream.in_flight == 1 and stand.engine.intake.room() <= 1, "no room")
+        new = stand.submit([Request(CHAT, b'{"messages":[],"new":%d}' % n) for n in range(3)], slice_size=20)
+        ring = asyncio.create_task(stand.engine.ring("bulk"))
+        await until(lambda: stand.store.status(new).running == 1, "its first job, for which there is no room")
+        stand.upstream.release(hold=True)
+        await until(lambda: len(stand.upstream.asked) == 2, "the next call")
+        assert stand.upstream.asked[1] == b'{"messages":[],"new":0}'
+        assert stand.store.status(new).queued == 2
+        stand.engine.intake.stop()
+        await ring
+
+
+@in_loop
+async def test_what_comes_first_stays_first_while_the_limiter_is_asked(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with standing(store_url, FakeUpstream(), max_in_flight=1, slice_size=5) as stand:
+        limiter = stand.engine.lines.limiter
+        reserve, asked, go = limiter.reserve, asyncio.Event(), asyncio.Event()
+
+        async def slow(*args: Any) -> Any:
+            asked.set()
+            await go.wait()
+            return await reserve(*args)
+
+        monkeypatch.setattr(limiter, "reserve", slow)
+        stand.submit(5, slice_size=5)
+        await stand.engine.ring("bulk")
+        await asked.wait()
+        batch = stand.submit([Request(CHAT, b'{"messages":[],"new":%d}' % n) for n in range(2)])
+        await stand.engine.intake._lead("bulk")
+        go.set()
+        await until(lambda: len(stand.upstream.asked) == 6, "all that was claimed")
+        # The first of those that were being asked for, and then what came meanwhile.
+        assert stand.upstream.asked[1] == b'{"messages":[],"new":0}'
+        assert stand.store.status(batch).queued == 1
+
+
+@in_loop
 async def test_jobs_that_rest_after_a_failure_leave_room(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.engine, "backoff", lambda *_: 9.0)
     script = [refused(500)] * 3

@@ -324,6 +324,24 @@ def test_an_answer_from_a_former_holder_frees_the_present_one(store: Store, stor
     assert found[:3] == ({second.token}, set(), set())
 
 
+def test_a_new_batch_is_next_and_may_be_led_by_its_first_job_alone(store: Store, store_url: str) -> None:
+    def claim(wanted: int, leads: bool = False) -> list[Job]:
+        return run(lambda client: leases.claim(client, "w", "bulk", [""], wanted, leads=leads), store_url)
+
+    old = store.submit(requests(20), NewBatch(slice_size=5))[0]
+    assert {job.batch_id for job in claim(5)} == {old}
+    assert claim(9, leads=True) == []
+    single = store.submit(requests(1), NewBatch(slice_size=5))[0]
+    assert claim(9, leads=True) == []
+    assert [(job.batch_id, job.leads) for job in claim(1)] == [(single, False)]
+    new = store.submit(requests(7), NewBatch(slice_size=5))[0]
+    assert [(job.batch_id, job.index, job.leads) for job in claim(1, leads=True)] == [(new, 0, True)]
+    assert claim(1, leads=True) == []
+    later = claim(6)
+    assert {job.batch_id for job in later} == {old, new}
+    assert not any(job.leads for job in later)
+
+
 def test_retries_of_different_times_all_come(store: Store, store_url: str) -> None:
     store.submit(requests(9), NewBatch(slice_size=2))
     jobs = [job for _ in range(5) for job in claim(store_url, 2)]

@@ -95,7 +95,7 @@ def test_messages_have_rules_of_their_own() -> None:
         (b'["' + SECRET.encode() + b'"]', "invalid_json_line", None, "is not a JSON object"),
         (b'{"custom_id":"c"} x', "invalid_json_line", None, "is not JSON (character 19)"),
         (b'{"custom_id":"c\x00"}', "invalid_json_line", None, "NUL"),
-        (b"[" * 5000, "invalid_json_line", None, "nested too deeply"),
+        (b"[" * 5000, "invalid_json_line", None, "is not a JSON object"),
         (b'{"a":' + b"[" * 4000 + b"]" * 4000 + b"}", "invalid_json_line", None, "nested too deeply"),
         (line(...), MISSING, "custom_id", "is missing"),
         (line(None), MISSING, "custom_id", "is missing"),

@@ -201,11 +201,15 @@ def test_a_message_is_passed_on_as_it_came() -> None:
     assert message_line("c0", stored) == b'{"custom_id":"c0","result":{"type":"succeeded","message":%s}}\n' % MESSAGE
 
 
-def test_an_error_of_anthropics_is_passed_on_as_it_came() -> None:
+def test_an_error_of_anthropics_is_passed_on_without_what_its_type_does_not_name() -> None:
     error = {"type": "rate_limit_error", "message": "no", "more": 1}
     for body in ({"type": "error", "error": error, "request_id": "theirs"}, {"error": error}):
         found = message_result(failed(Failure("rate_limited", "ours", 429, msgspec.Raw(json.dumps(body).encode()))))
-        assert found["error"] == {"type": "error", "error": error, "request_id": "req-1"}
+        assert found["error"] == {
+            "type": "error",
+            "error": {"type": "rate_limit_error", "message": "no"},
+            "request_id": "req-1",
+        }
 
 
 @pytest.mark.parametrize(
