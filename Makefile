@@ -6,10 +6,10 @@ TEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench bench-api bench-limits format lock docs clean
+.PHONY: help setup demo test check chaos bench bench-api bench-batches bench-limits format lock docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 setup: ## make .venv from requirements.lock; PYTHON=... chooses the interpreter
 	@sh ops/setup.sh
@@ -44,6 +44,9 @@ bench: setup ## a run beside a bare loop, as a ratio (about a minute)
 
 bench-api: setup ## what one API process takes, adds to a call, and what waiting costs (about four minutes)
 	@$(BIN)/python -m ops.bench.api
+
+bench-batches: setup ## large batches of both protocols: time, and memory of the API (about five minutes)
+	@$(BIN)/python -m ops.bench.batches
 
 bench-limits: setup ## how far limits are used and faults survived, a table each (about ten minutes)
 	@$(BIN)/python -m ops.bench.limits

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import BinaryIO, cast
 
@@ -27,10 +27,10 @@ from api.threads import StoreThreads
 from jobs import files, openai_batches
 from jobs.errors import NoRoom, NotFound, StoreFull, StoreUnavailable
 from jobs.files import Part
-from jobs.openai_batches import LEASE_S, Due, OpenAIBatch, Step
+from jobs.openai_batches import LEASE_S, Due, OpenAIBatch
 from jobs.settings import Settings
 from jobs.states import BatchState
-from jobs.store import Store
+from jobs.store import BatchStatus, Store
 from jobs.submission import NewBatch
 
 #: Seconds between two looks at what is due.
@@ -48,7 +48,7 @@ log = structlog.get_logger("api.clerk")
 
 
 class Unwanted(Exception):
-    """Somebody has cancelled what is being validated."""
+    """What is under way is not to go on: somebody has cancelled it, or this process is being stopped."""
 
 
 class Clerk:
@@ -100,25 +100,19 @@ class Clerk:
 
     async def _work(self, due: Due) -> None:
         unwanted = threading.Event()
-        renewing = asyncio.create_task(self._renew(due.batch_id, unwanted))
-        steps: dict[Step, Callable[[Store, Due, threading.Event], None]]
-        steps = {"validate": self._validate, "made": self._settle, "finalize": self._finalize}
-        step = steps[due.step]
+        renewing = asyncio.create_task(self._renew(due, unwanted))
         try:
-            await self._threads.call(lambda store: step(store, due, unwanted))
-        except NotFound:
-            return  # its time is over
-        except (StoreUnavailable, Problem, OSError) as error:  # the store is away, or the disk: it stays due
-            log.warning("clerk_waits", batch=due.batch_id, error=type(error).__name__)
+            await self._threads.call(lambda store: self._do(store, due, unwanted))
         finally:
             unwanted.set()  # whoever still reads for it stops
             renewing.cancel()
 
-    async def _renew(self, batch_id: str, unwanted: threading.Event) -> None:
+    async def _renew(self, due: Due, unwanted: threading.Event) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
             with suppress(StoreUnavailable, StoreFull):
-                if not await self._threads.call(lambda store: openai_batches.renew(store.client, batch_id)):
+                wanted = await self._threads.call(lambda store: openai_batches.renew(store.client, due.batch_id))
+                if due.step == "validate" and not wanted:
                     unwanted.set()
 
     def _busy(self) -> list[str]:
@@ -126,6 +120,21 @@ class Clerk:
         return [tenant for tenant, count in Counter(self._working.values()).items() if count >= OF_ONE]
 
     # -- in threads
+
+    def _do(self, store: Store, due: Due, unwanted: threading.Event) -> None:
+        try:
+            if due.step == "validate":
+                self._validate(store, due, unwanted)
+            elif due.step == "finalize":
+                self._finalize(store, due.batch_id, unwanted)
+            else:
+                self._settle(store, due.batch_id)
+        except NotFound:
+            return  # its time is over
+        except Unwanted:  # by this process, which is being stopped: it is another's at once
+            openai_batches.put_off(store.client, due.batch_id, 0.0)
+        except (StoreUnavailable, Problem, OSError) as error:  # the store is away, or the disk: it stays due
+            log.warning("clerk_waits", batch=due.batch_id, error=type(error).__name__)
 
     def _validate(self, store: Store, due: Due, unwanted: threading.Event) -> None:
         """Makes its input a batch, or says what is wrong with it."""
@@ -144,34 +153,32 @@ class Clerk:
         try:
             with self._spool.open(batch.input_file_id) as stream:
                 watched = cast("BinaryIO", _Watched(stream, unwanted))
-                store.submit(lines.requests(watched), self._new(store, batch))
+                store.submit(lines.requests(watched), self._new(batch))
         except NotFound:
             self._missing(store, batch)
         except InvalidInput as error:
             self._end(store, batch_id, error.errors)
         except Unwanted:
             if openai_batches.renew(store.client, batch_id):
-                raise StoreUnavailable("this process is being stopped") from None
+                raise
             self._end(store, batch_id, None)
         except (NoRoom, StoreFull) as error:
             told = error.plain if isinstance(error, NoRoom) else str(error)
             self._end(store, batch_id, [LineError("no_room", None, told, None)])
         else:
-            self._settle(store, due, unwanted, lines.model)
+            self._settle(store, batch_id, lines.model)
             made = store.status(batch_id)
             if made.state is BatchState.RUNNING:
                 self._ringer.ring(batch_id, made.lane, made.label, made.queued)
 
-    def _new(self, store: Store, batch: OpenAIBatch) -> NewBatch:
-        seconds, micros = store.client.time()
+    def _new(self, batch: OpenAIBatch) -> NewBatch:
         return NewBatch(
             batch_id=batch.batch_id,
             lane=batch.lane,
             label=self._label,
             slice_size=self._settings.slice_size,
             ttl_s=self._settings.result_ttl_s,
-            # It counts from the batch's creation, however long its input waited to be validated.
-            deadline_s=batch.created_at + batch.window_s - seconds - micros / 1e6,
+            deadline_at=batch.created_at + batch.window_s,
             identity=batch.identity,
             content=batch.content,
             metadata=batch.metadata,
@@ -187,6 +194,11 @@ class Clerk:
             error = LineError("file_not_found", None, "the input file was deleted, or has expired", "input_file_id")
             self._end(store, batch.batch_id, [error])
             return
+        seconds, _ = store.client.time()
+        if seconds > batch.created_at + batch.window_s:
+            told = "the input file could not be read before the completion window expired"
+            self._end(store, batch.batch_id, [LineError("file_unavailable", None, told, "input_file_id")])
+            return
         log.warning("input_elsewhere", batch=batch.batch_id, hint="share MIMOQ_FILES_DIR among the API's processes")
         openai_batches.put_off(store.client, batch.batch_id, AGAIN_S)
 
@@ -197,26 +209,29 @@ class Clerk:
             store.client, batch_id, "cancelled" if errors is None else "failed", told, self._settings.result_ttl_s
         )
 
-    def _settle(self, store: Store, due: Due, _: threading.Event, model: str = "") -> None:
+    def _settle(self, store: Store, batch_id: str, model: str = "") -> None:
         """Does what was wished while it was validated."""
-        batch_id = due.batch_id
         while wish := openai_batches.made(store.client, batch_id, model):
             if wish == "cancelled":
                 store.cancel(batch_id, CANCEL_STEPS)
             else:
                 store.pause(batch_id)
 
-    def _finalize(self, store: Store, due: Due, unwanted: threading.Event) -> None:
+    def _finalize(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
         """Measures its files, and ends it."""
-        batch_id = due.batch_id
         status = store.status(batch_id)
-        if status.finished_at is None:
-            self._settle(store, due, unwanted)
+        if status.finished_at is None:  # opened again
+            self._settle(store, batch_id)
             return
+
+        def block(store: Store, status: BatchStatus, indexes: Sequence[int]) -> bytes:
+            if unwanted.is_set():
+                raise Unwanted
+            return openai_block(store, status, indexes)
 
         def measured(part: Part) -> tuple[int, int]:
             indexes = rows(store, batch_id, part)
-            return len(indexes), size(store, status, indexes, openai_block)
+            return len(indexes), size(store, status, indexes, block)
 
         output, errors = measured("output"), measured("error")
         openai_batches.finalize(store.client, batch_id, status.finished_at, output, errors)

@@ -136,7 +136,8 @@ def _problem(error: Exception) -> Problem:
         return problem_of(error)
     if isinstance(error, RequestValidationError):
         places = [(".".join(map(str, item["loc"][1:])), item["msg"]) for item in error.errors()[:5]]
-        return Problem(422, "invalid", "; ".join(f"{place}: {message}" for place, message in places))
+        told = "; ".join(f"{place}: {message}" for place, message in places)
+        return Problem(422, "invalid", told, param=places[0][0])
     if isinstance(error, HTTPException):
         words = {404: "there is nothing at this address", 405: "this address takes other methods: see Allow"}
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")

@@ -23,7 +23,7 @@ from api.submitting import Key, Retry
 from jobs import openai_batches
 from jobs.cursors import Asked
 from jobs.errors import NotFound
-from jobs.openai_batches import OpenAIBatch
+from jobs.openai_batches import OpenAIBatch, Wish
 from jobs.store import Store
 
 #: Batches of a page.
@@ -130,11 +130,8 @@ async def cancel_batch(request: Request, batch: str) -> Response:
     """What has been answered is kept, and has its lines in the output."""
 
     def work(store: Store, found: OpenAIBatch) -> None:
-        if found.status in ("cancelling", "cancelled"):
-            return
-        _refuse(found, "cancel", found.status not in ("validating", "in_progress"))
-        if not _wish(store, found, "cancelled"):
-            store.cancel(found.batch_id, CANCEL_STEPS)
+        if found.status not in ("cancelling", "cancelled"):
+            _apply(store, found, "cancel", "cancelled", lambda: store.cancel(found.batch_id, CANCEL_STEPS))
 
     return await _change(request, batch, work)
 
@@ -149,9 +146,7 @@ async def pause_batch(request: Request, batch: str) -> Response:
     """Nothing more of it is called; calls in flight end, its window goes on. Its status stays as it is."""
 
     def work(store: Store, found: OpenAIBatch) -> None:
-        _refuse(found, "pause", found.status not in ("validating", "in_progress"))
-        if not _wish(store, found, "paused"):
-            store.pause(found.batch_id)
+        _apply(store, found, "pause", "paused", lambda: store.pause(found.batch_id))
 
     return await _change(request, batch, work)
 
@@ -166,9 +161,7 @@ async def resume_batch(request: Request, batch: str) -> Response:
     """A paused batch goes on, whatever it paused for."""
 
     def work(store: Store, found: OpenAIBatch) -> None:
-        _refuse(found, "resume", found.status not in ("validating", "in_progress"))
-        if not _wish(store, found, "running"):
-            store.resume(found.batch_id)
+        _apply(store, found, "resume", "running", lambda: store.resume(found.batch_id))
 
     return await _change(request, batch, work)
 
@@ -183,20 +176,23 @@ async def retry_batch(request: Request, batch: str) -> Response:
     """Those that failed are called again, and no others; one that was completed goes on, with a new window."""
 
     def work(store: Store, found: OpenAIBatch) -> None:
-        _refuse(found, "retry", found.made is None or found.made.closing != "")
+        if found.made is None or found.made.closing:
+            raise _refused(found, "retry", "; submit what is missing as a new batch")
         store.requeue_failed(found.batch_id, found.window_s)
 
     return await _change(request, batch, work)
 
 
-def _wish(store: Store, batch: OpenAIBatch, what: openai_batches.Wish) -> bool:
-    return store.patience.call(openai_batches.wish, store.client, batch.batch_id, what)
+def _apply(store: Store, batch: OpenAIBatch, what: str, wish: Wish, change: Callable[[], object]) -> None:
+    """Does this to a batch that runs; of one that is being validated it is noted, and done once it is one."""
+    if batch.status not in ("validating", "in_progress"):
+        raise _refused(batch, what)
+    if not store.patience.call(openai_batches.wish, store.client, batch.batch_id, wish):
+        change()
 
 
-def _refuse(batch: OpenAIBatch, what: str, refused: bool) -> None:
-    if refused:
-        rest = "; submit what is missing as a new batch" if what == "retry" else ""
-        raise Problem(400, "invalid_status", f"a batch that is {batch.status} can't {what}{rest}", headers=FINAL)
+def _refused(batch: OpenAIBatch, what: str, rest: str = "") -> Problem:
+    return Problem(400, "invalid_status", f"can't {what} a batch that is {batch.status}{rest}", headers=FINAL)
 
 
 async def _change(request: Request, name: str, work: Callable[[Store, OpenAIBatch], None]) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import BinaryIO
 
 import msgspec
@@ -23,7 +24,7 @@ from api.problems import FINAL, Problem
 from api.shapes import MOST_DEADLINE_S
 from api.spool import Incoming
 from jobs import files, openai_batches
-from jobs.errors import Conflict, NotFound
+from jobs.errors import Conflict, NotFound, UsageError
 from jobs.identity import key_identity
 from jobs.openai_batches import NewOpenAIBatch, OpenAIBatch
 from jobs.requests import ENDPOINTS
@@ -37,7 +38,8 @@ WINDOW = "24h"
 _WINDOW = re.compile(r"([1-9][0-9]{0,8})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 #: Where in a body a decoder has found something wrong.
-_MEMBER = re.compile(r"`\$\.([a-z_]+)|(?:missing required|unknown) field `([A-Za-z0-9_]+)`")
+_MEMBER = re.compile(r"`\$\.([a-z_]+)")
+_FIELD = re.compile(r"(?:missing required|unknown) field `([A-Za-z0-9_]+)`")
 
 _raw = msgspec.json.Decoder(msgspec.Raw)
 _options = msgspec.json.Decoder(BatchOptions)
@@ -68,20 +70,19 @@ def create(core: Core, store: Store, stream: BinaryIO, tenant: str, key: str | N
             raise Problem(400, "empty_array", "requests: must not be empty", param="requests")
         options = _read(elements.rest)
         _check(core, options, elements.found)
-        input_file_id = options.input_file_id or ""
-        content = submitting.digest([options, lines.hexdigest()])
+        new = _new(options, tenant, submitting.digest([options, lines.hexdigest()]), key, again)
         if inline is not None:
-            input_file_id = keep(core, store, inline, tenant, "batch", "requests.jsonl", files.BATCH_KEPT_S).file_id
-        else:
-            _check_input(store, tenant, input_file_id)
-        new = _new(options, tenant, input_file_id, content, key, again)
+            file = keep(core, store, inline, tenant, "batch", "requests.jsonl", files.BATCH_KEPT_S)
+            new = replace(new, input_file_id=file.file_id)
+        elif not new.identity or store.batch_of_identity(new.identity) is None:
+            _check_input(store, tenant, new.input_file_id)
         try:
             batch_id, created = store.patience.call(openai_batches.create, store.client, new)
         except Conflict as error:
-            _drop(core, store, inline, input_file_id)
+            _drop(core, store, inline, new.input_file_id)
             raise Problem(409, "idempotency_conflict", str(error), headers=FINAL) from None
         if not created:
-            _drop(core, store, inline, input_file_id)
+            _drop(core, store, inline, new.input_file_id)
         return store.patience.call(openai_batches.get, store.client, tenant, batch_id)
 
 
@@ -109,8 +110,8 @@ def _read(members: dict[str, bytes]) -> BatchOptions:
         return _options.decode(body)
     except msgspec.ValidationError as error:
         told = str(error)
-        where = _MEMBER.search(told)
-        param = None if where is None else where[1] or where[2]
+        where = _MEMBER.search(told) or _FIELD.search(told)
+        param = None if where is None else where[1]
         code = "missing_required_parameter" if "missing required" in told else "invalid_value"
         if "unknown field" in told:
             code = "unknown_parameter"
@@ -132,7 +133,10 @@ def _check(core: Core, options: BatchOptions, inline: bool) -> None:
     if options.model is not None and not inline:
         raise Problem(400, "invalid_value", "model: is for requests inline; lines of a file name theirs", param="model")
     if options.callback_url is not None:
-        check_url(options.callback_url, core.settings)
+        try:
+            check_url(options.callback_url, core.settings)
+        except UsageError as error:
+            raise Problem(400, "invalid_value", str(error), param="callback_url") from None
 
 
 def _check_input(store: Store, tenant: str, file_id: str) -> None:
@@ -145,15 +149,13 @@ def _check_input(store: Store, tenant: str, file_id: str) -> None:
         raise Problem(400, "invalid_purpose", told, param="input_file_id")
 
 
-def _new(
-    options: BatchOptions, tenant: str, input_file_id: str, content: str, key: str | None, again: bool
-) -> NewOpenAIBatch:
-    window = options.completion_window or WINDOW
+def _new(options: BatchOptions, tenant: str, content: str, key: str | None, again: bool) -> NewOpenAIBatch:
+    window = WINDOW if options.completion_window is None else options.completion_window
     return NewOpenAIBatch(
         batch_id=NewBatch().batch_id,
         tenant=tenant,
         endpoint=options.endpoint,
-        input_file_id=input_file_id,
+        input_file_id=options.input_file_id or "",
         window=window,
         window_s=window_s(window),
         content=content,

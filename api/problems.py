@@ -83,9 +83,9 @@ class Problem(Exception):
             kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
             error = {"message": self.detail, "type": kind, "param": None, "code": self.code, **self.members}
             return {"error": error}
+        own = {name: value for name, value in self.members.items() if name != "param"}  # which is OpenAI's
         if protocol == "anthropic":
             kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-            own = {name: value for name, value in self.members.items() if name != "param"}  # which is OpenAI's
             error = {"type": kind, "message": self.detail, **own}
             return {"type": "error", "error": error, "request_id": request_id}
         return {
@@ -94,7 +94,7 @@ class Problem(Exception):
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
-            **self.members,
+            **own,
         }
 
     def body(self, protocol: Protocol, request_id: str) -> bytes:

@@ -37,7 +37,7 @@ _create = Script("create")
 
 @dataclass(frozen=True, slots=True)
 class NewBatch:
-    """What a batch is created with; times in seconds.
+    """What a batch is created with; times in seconds, `deadline_at` in unix seconds by the server's clock instead.
 
     `identity` is a digest of what makes a repeated submit the same one, '' for nothing; `content` the digest of what must
     be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API, `protocol`
@@ -53,6 +53,7 @@ class NewBatch:
     ttl_s: int = 30 * 86_400
     max_attempts: int | None = None
     deadline_s: float | None = None
+    deadline_at: float | None = None
     identity: str = ""
     content: str = ""
     beside: str = ""
@@ -261,6 +262,7 @@ class Submission:
             self._fields,
             made_digest(new.alike, self._content),
             "1" if new.again else "",
+            "" if new.deadline_at is None else new.deadline_at,
             *further,
         ]
         self._tries += 1

@@ -13,7 +13,8 @@
 -- ARGV[12] how many of these succeeded   ARGV[13] how many failed
 -- ARGV[14] how many fields were staged
 -- ARGV[15] digest of what a call made again shares with itself, or ''    ARGV[16] '1' where this is such a call
--- ARGV[17..] further fields of the record, name and value in turn
+-- ARGV[17] deadline in unix seconds, or ''
+-- ARGV[18..] further fields of the record, name and value in turn
 --
 -- Returns {'created', batch id}, {'exists', batch id of the same identity and content}, {'conflict', batch id} where the
 -- content differs, or {'unstaged'} when staged requests are missing: they expire, and a server may lose its last writes.
@@ -28,7 +29,7 @@ if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[14]) then return {'unstaged'} en
 redis.call('RENAME', KEYS[2], of(id, 'requests'))
 redis.call('PERSIST', of(id, 'requests'))
 create_batch({id = id, lane = ARGV[2], label = ARGV[3], total = ARGV[4], size = ARGV[5], identity = ARGV[6],
-  content = ARGV[7], ttl = ARGV[8], deadline = ARGV[9], tenant = ARGV[10], answered = ARGV[11], succeeded = ARGV[12],
-  failed = ARGV[13], further = {unpack(ARGV, 17)}})
+  content = ARGV[7], ttl = ARGV[8], deadline = ARGV[9], deadline_at = ARGV[17], tenant = ARGV[10], answered = ARGV[11], succeeded = ARGV[12],
+  failed = ARGV[13], further = {unpack(ARGV, 18)}})
 remember_made(ARGV[15], id)
 return {'created', id}

@@ -106,7 +106,8 @@ class Api:
         number = next(_numbers)
         self.log = folder / f"api-{number}.log"
         self._said = folder / f"api-{number}.out"
-        told = {"redis_url": store_url, "log_format": "json", "log_level": "debug", **settings}
+        told = {"redis_url": store_url, "files_dir": str(folder / "files"), "log_format": "json", "log_level": "debug"}
+        told |= settings
         with self.log.open("wb") as log, self._said.open("wb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", *argv, "--port", "0"],

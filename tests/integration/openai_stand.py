@@ -57,9 +57,12 @@ def get(http: httpx.Client, batch: str) -> dict[str, Any]:
 
 def seen(http: httpx.Client, batch: str, *statuses: str) -> dict[str, Any]:
     """The batch once it has one of these."""
-    return wait_for(
-        lambda: (found := get(http, batch))["status"] in statuses and found, what=f"a batch that is {statuses}"
-    )
+
+    def look() -> dict[str, Any]:
+        found = get(http, batch)
+        return found if found["status"] in statuses else {}
+
+    return wait_for(look, what=f"a batch that is {statuses}")
 
 
 def ended(http: httpx.Client, batch: str, status: str = "completed") -> dict[str, Any]:

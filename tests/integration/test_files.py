@@ -406,16 +406,15 @@ def test_places_in_lists_are_kept_for_a_while(stand: ApiStand, http: httpx.Clien
     made = [upload(http, b"x").json()["id"] for _ in range(4)]
     for file in made[1:]:
         http.delete(f"/v1/files/{file}")
-    (tenant,) = [
-        raw.decode()
-        for raw in stand.redis.smembers(keys.TENANTS)
-        if stand.redis.zscore(keys.tenant_files(raw.decode()), made[0]) is not None
-    ]
+    known: Any = stand.redis.smembers(keys.TENANTS)
+    tenants = [raw.decode() for raw in known]
+    (tenant,) = [name for name in tenants if stand.redis.zscore(keys.tenant_files(name), made[0]) is not None]
     name = keys.tenant_files(tenant)
     old = redis_time(stand.redis) - GONE_S - 60
     stand.redis.zadd(name, {made[0]: old, made[1]: old})
     keeper(stand, folder).search(stand.store)
-    assert {raw.decode() for raw in stand.redis.zrange(name, 0, -1)} == {made[0], made[2], made[3]}
+    there: Any = stand.redis.zrange(name, 0, -1)
+    assert {raw.decode() for raw in there} == {made[0], made[2], made[3]}
     assert page(http, after=made[2]) == [made[0]]
     refused(http.get("/v1/files", params={"after": made[1]}), 400, "after")
 
