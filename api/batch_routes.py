@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 
 from api import bodies, progress, submitting, uploads
 from api.auth import Caller
-from api.core import Core
+from api.core import CANCEL_STEPS, Core
 from api.problems import Problem, not_found
 from api.routing import After, Limit, Route, answer, caller_of, core_of, gives, problems, ref
 from api.shapes import MOST_DEADLINE_S, BatchList, Endpoint, Lane, NewBatchBody, NewBatchOptions
+from api.streams import Stream
 from api.submitting import Key
 from api.views import batch_view
 from jobs.errors import NotFound
@@ -25,13 +24,6 @@ from jobs.submission import NewBatch
 
 #: Types that JSON lines are sent as.
 LINES = ("application/jsonl", "application/x-jsonl", "application/x-ndjson", "application/ndjson")
-#: Batches that one tenant may have read at once, and streams that it may follow.
-TENANT_UPLOADS = 4
-TENANT_STREAMS = 100
-#: Steps of a cancel that are waited for, of 2,000 jobs each.
-CANCEL_STEPS = 10
-#: What proxies are told of a stream: neither to keep it nor to hold it back.
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 #: One event of its progress, as documented.
 EVENT = {
@@ -63,26 +55,6 @@ _TAKES: dict[str, Any] = {
         },
     }
 }
-
-
-class Stream(StreamingResponse):
-    """One of the streams that a tenant may have open at once."""
-
-    def __init__(
-        self,
-        core: Core,
-        caller: Caller,
-        stream: AsyncIterator[bytes],
-        media_type: str,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(stream, media_type=media_type, headers=STREAM_HEADERS | (headers or {}))
-        self._turn = core.turn(caller.tenant, "streams", TENANT_STREAMS)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Sends it. Raises a `Problem` (429) before anything is sent."""
-        with self._turn:
-            await super().__call__(scope, receive, send)
 
 
 @router.post(
@@ -137,11 +109,9 @@ async def submit_batch(
             raise Problem(422, "invalid", str(error)) from None
         # For a key the requests themselves tell, as they come, and beside them the options.
         new = submitting.new_batch(core, caller, options, key, beside=submitting.digest(given))
-        with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
-            body = bodies.chunks(request, core.settings.api_max_upload_bytes)
-            submitted = await uploads.submit_lines(core, body, new, options.endpoint)
+        submitted = await uploads.submit_lines(request, new, options.endpoint)
     elif kind.endswith("json"):
-        with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
+        async with uploads.place(request):
             raw = await bodies.read(request, core.settings.api_max_body_bytes)
             # In a thread: a body of 30 MB takes a second.
             inline, new = await core.inline.call(lambda _: _read_inline(core, caller, raw, key))

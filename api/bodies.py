@@ -67,10 +67,15 @@ def place(request: Request) -> AbstractContextManager[None]:
 
     Raises a `Problem` (429) as it is entered.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and len(declared) < 20 and int(declared) <= LARGE_BYTES:
+    if is_small(request):
         return nullcontext()
-    return core_of(request).turn(caller_of(request).tenant, "large bodies", TENANT_LARGE)
+    return core_of(request).turns.now(caller_of(request).tenant, "large bodies", TENANT_LARGE)
+
+
+def is_small(request: Request) -> bool:
+    """Whether the body says that it is none to be careful with."""
+    declared = request.headers.get("content-length", "")
+    return declared.isdecimal() and len(declared) < 20 and int(declared) <= LARGE_BYTES
 
 
 async def read(request: Request, most: int) -> bytes:

@@ -21,9 +21,10 @@ from api import bodies, replay, submitting
 from api.auth import Caller
 from api.core import Core
 from api.problems import FINAL, Problem, problem_of, protocol_of
+from api.retries import Retry, gone, is_retry
 from api.routing import Route, caller_of, core_of, takes
 from api.shapes import NewBatchOptions
-from api.submitting import Key, Retry
+from api.submitting import Key
 from jobs import joins
 from jobs.errors import Conflict, InvalidRequest, MimoqError, StoreFull
 from jobs.looks import JobLook
@@ -90,7 +91,7 @@ async def create_message(request: Request, key: Key = None, retry: Retry = None)
 
 async def _call(request: Request, endpoint: str, key: str | None, retry: str | None) -> Response:
     core, caller = core_of(request), caller_of(request)
-    again = submitting.is_retry(retry)
+    again = is_retry(retry)
     with bodies.place(request):
         body = await bodies.read(request, core.settings.api_max_body_bytes)
         single, asked = await core.aside(len(body), lambda: _read(core, caller, endpoint, body, key, again))
@@ -139,19 +140,19 @@ class WaitingCall(Response):
         core = self._core
         async with core.waiters.on(self._batch_id, 0) as waiter:
             look = asyncio.create_task(core.wait(self._caller, waiter, self._job_id, core.settings.sync_timeout_s))
-            gone = asyncio.create_task(_gone(receive))
+            leaving = asyncio.create_task(gone(receive))
             answered = False
             try:
                 patience_s = STATUS_S if self._asked.stream else None
-                await asyncio.wait((look, gone), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                if self._asked.stream and not gone.done() and (not look.done() or _succeeded(look.result())):
-                    await self._stream(look, gone, send)
+                await asyncio.wait((look, leaving), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                if self._asked.stream and not leaving.done() and (not look.done() or _succeeded(look.result())):
+                    await self._stream(look, leaving, send)
                 elif look.done():
                     await self._whole(look.result(), scope["request_id"])(scope, receive, send)
-                answered = _terminal(look) and not gone.done()
+                answered = _terminal(look) and not leaving.done()
             finally:
                 look.cancel()
-                gone.cancel()
+                leaving.cancel()
                 with suppress(MimoqError):
                     tell = joins.answered if answered else joins.left
                     await core.threads.call(lambda store: tell(store.client, self._digest, self._batch_id))
@@ -192,14 +193,14 @@ class WaitingCall(Response):
 
     # -- streamed
 
-    async def _stream(self, look: asyncio.Task[JobLook], gone: asyncio.Task[None], send: Any) -> None:
+    async def _stream(self, look: asyncio.Task[JobLook], leaving: asyncio.Task[None], send: Any) -> None:
         headers = {**self._own, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
         headers["x-accel-buffering"] = "no"
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
-        while not look.done() and not gone.done():
+        while not look.done() and not leaving.done():
             await send({"type": "http.response.body", "body": replay.KEEP_ALIVE, "more_body": True})
-            await asyncio.wait((look, gone), timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((look, leaving), timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
         if look.done():
             for block in _blocks(self._events(look)):
                 await send({"type": "http.response.body", "body": block, "more_body": True})
@@ -264,9 +265,3 @@ def _blocks(events: Iterator[bytes]) -> Iterator[bytes]:
             yield b"".join(held)
             held, size = [], 0
     yield b"".join(held)
-
-
-async def _gone(receive: Any) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

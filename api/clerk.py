@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 import msgspec
 import structlog
 
-from api.input_lines import InputLines, InvalidInput, LineError
+from api.input_lines import InputLines, InvalidInput, LineError, model_of
 from api.openai_shapes import BatchErrors
 from api.output_rows import openai_block, rows, size
 from api.problems import Problem
@@ -25,7 +25,7 @@ from api.ringer import Ringer
 from api.spool import Spool
 from api.threads import StoreThreads
 from jobs import files, openai_batches
-from jobs.errors import NoRoom, NotFound, StoreFull, StoreUnavailable
+from jobs.errors import NoRoom, NotFound, StoreFull, StoreUnavailable, Unwanted
 from jobs.files import Part
 from jobs.openai_batches import LEASE_S, Due, OpenAIBatch
 from jobs.settings import Settings
@@ -41,14 +41,8 @@ OF_ONE = 2
 #: Seconds between two renewals of a lease, and between two tries where something was not to be had.
 RENEW_S = LEASE_S / 6
 AGAIN_S = 5.0
-#: Steps of a cancel that are waited for, of 2,000 jobs each; the rest is the reaper's.
-CANCEL_STEPS = 10
 
 log = structlog.get_logger("api.clerk")
-
-
-class Unwanted(Exception):
-    """What is under way is not to go on: somebody has cancelled it, or this process is being stopped."""
 
 
 class Clerk:
@@ -126,13 +120,13 @@ class Clerk:
             if due.step == "validate":
                 self._validate(store, due, unwanted)
             elif due.step == "finalize":
-                self._finalize(store, due.batch_id, unwanted)
+                self._finalize(store, due.tenant, due.batch_id, unwanted)
             else:
                 self._settle(store, due.batch_id)
         except NotFound:
             return  # its time is over
         except Unwanted:  # by this process, which is being stopped: it is another's at once
-            openai_batches.put_off(store.client, due.batch_id, 0.0)
+            openai_batches.renew(store.client, due.batch_id, 0.0)
         except (StoreUnavailable, Problem, OSError) as error:  # the store is away, or the disk: it stays due
             log.warning("clerk_waits", batch=due.batch_id, error=type(error).__name__)
 
@@ -200,7 +194,7 @@ class Clerk:
             self._end(store, batch.batch_id, [LineError("file_unavailable", None, told, "input_file_id")])
             return
         log.warning("input_elsewhere", batch=batch.batch_id, hint="share MIMOQ_FILES_DIR among the API's processes")
-        openai_batches.put_off(store.client, batch.batch_id, AGAIN_S)
+        openai_batches.renew(store.client, batch.batch_id, AGAIN_S)
 
     def _end(self, store: Store, batch_id: str, errors: list[LineError] | None) -> None:
         """It never becomes a batch: it has these errors, or nobody wants it any more."""
@@ -210,15 +204,18 @@ class Clerk:
         )
 
     def _settle(self, store: Store, batch_id: str, model: str = "") -> None:
-        """Does what was wished while it was validated."""
-        while wish := openai_batches.made(store.client, batch_id, model):
-            if wish == "cancelled":
-                store.cancel(batch_id, CANCEL_STEPS)
-            else:
-                store.pause(batch_id)
+        """It is a batch: nothing is due of it until it ends. `model` is '' where another process has made it one."""
+        if not model:
+            status = store.status(batch_id)
+            first = store.requests(batch_id, [0], status.slice_size).get(0)
+            model = model_of(first.body) if first is not None else ""
+        openai_batches.made(store.client, batch_id, model)
 
-    def _finalize(self, store: Store, batch_id: str, unwanted: threading.Event) -> None:
+    def _finalize(self, store: Store, tenant: str, batch_id: str, unwanted: threading.Event) -> None:
         """Measures its files, and ends it."""
+        batch = openai_batches.get(store.client, tenant, batch_id)
+        if not batch.model:  # who made it a batch died before they told
+            self._settle(store, batch_id)
         status = store.status(batch_id)
         if status.finished_at is None:  # opened again
             self._settle(store, batch_id)
@@ -230,7 +227,7 @@ class Clerk:
             return openai_block(store, status, indexes)
 
         def measured(part: Part) -> tuple[int, int]:
-            indexes = rows(store, batch_id, part)
+            indexes = rows(store, batch_id, part, batch.output_from if part == "output" else 0)
             return len(indexes), size(store, status, indexes, block)
 
         output, errors = measured("output"), measured("error")

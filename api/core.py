@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -20,10 +19,11 @@ from api.groups import Groups
 from api.keeper import Keeper
 from api.metrics import Counts, Scrapes
 from api.outbound import Outbound
-from api.problems import Problem, not_found
+from api.problems import not_found
 from api.ringer import Ringer
 from api.spool import Spool
 from api.threads import PATIENCE_S, StoreThreads, say
+from api.turns import Turns
 from api.waiters import Waiter, Waiters
 from jobs import identity
 from jobs.connections import connect_async
@@ -49,6 +49,8 @@ INLINE = 4
 ASIDE_BYTES = 128 * 1024
 #: Threads of results and progress that are followed.
 STREAMS = 4
+#: Steps of a cancel that are waited for, of 2,000 jobs each; the rest is the reaper's.
+CANCEL_STEPS = 10
 #: Seconds to tell the last counts.
 LAST_S = 2.0
 #: Seconds between two looks after an embedded server.
@@ -74,7 +76,8 @@ class Core:
         self._auth_threads = StoreThreads(self.connection, "auth", 2)
         self.uploads = StoreThreads(self.connection, "upload", UPLOADS)
         self.inline = StoreThreads(self.connection, "inline", INLINE)
-        self.turns: Counter[tuple[str, str]] = Counter()  # what tenants do at present of which there is only so much
+        self.disk = StoreThreads(self.connection, "disk", INLINE)
+        self.turns = Turns()
         self.reading: set[asyncio.Timeout] = set()  # of bodies that are waited for
         self._commit_thread = StoreThreads(self.connection, "commit", 1)
         self._look_thread = StoreThreads(self.connection, "look", 1)
@@ -116,6 +119,7 @@ class Core:
                 self._auth_threads,
                 self.uploads,
                 self.inline,
+                self.disk,
                 self._clerk_threads,
                 self._commit_thread,
                 self._look_thread,
@@ -220,27 +224,12 @@ class Core:
         """What `work` makes of so many bytes: of many in a thread, because others wait meanwhile."""
         return await self.inline.call(lambda _: work()) if size > ASIDE_BYTES else work()
 
-    @contextmanager
-    def turn(self, tenant: str, what: str, most: int) -> Iterator[None]:
-        """One of `most` that a tenant may have at once: nobody takes what is there for all. Raises a `Problem` (429)."""
-        if self.turns[tenant, what] >= most:
-            again = {"Retry-After": "5"}
-            raise Problem(
-                429, "too_many_at_once", f"{most} {what} of yours are open; wait for one to end", headers=again
-            )
-        self.turns[tenant, what] += 1
-        try:
-            yield
-        finally:
-            self.turns[tenant, what] -= 1
-            if not self.turns[tenant, what]:
-                del self.turns[tenant, what]
-
     def stop(self) -> None:
         """Lets nobody wait any longer: this process has been told to end."""
         self.stopping.set()
         for patience in self.reading:
             patience.reschedule(asyncio.get_running_loop().time())
+        self.turns.stop()
         self.waiters.wake()
 
 

@@ -6,21 +6,22 @@ ended.
 
 from __future__ import annotations
 
+from array import array
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from api import bodies, multipart, output_rows
-from api.batch_routes import TENANT_UPLOADS, Stream
+from api import bodies, multipart, output_rows, uploads
 from api.core import Core
 from api.openai_shapes import EXPIRES_S, PURPOSES, FileDeleted, FileList, FileObject, file_object
 from api.problems import Problem
 from api.routing import Route, answer, caller_of, core_of, gives, openai_problems, takes
 from api.spool import Incoming
+from api.streams import Stream
 from jobs import files, openai_batches
 from jobs.cursors import Asked
-from jobs.errors import NotFound
+from jobs.errors import NotFound, StoreFull, StoreUnavailable
 from jobs.files import File, Part
 from jobs.openai_batches import OpenAIBatch
 from jobs.store import Store
@@ -50,19 +51,19 @@ async def create_file(request: Request) -> Response:
     most = max(core.settings.file_max_bytes, core.settings.batch_max_bytes)
 
     async def write(incoming: Incoming, data: bytes) -> None:
-        await core.uploads.call(lambda _: incoming.write(data))
+        await core.disk.call(lambda _: incoming.write(data))
 
-    with core.turn(tenant, "uploads", TENANT_UPLOADS):
-        incoming = await core.uploads.call(lambda _: core.spool.new())
+    async with uploads.place(request):
+        incoming = await core.disk.call(lambda _: core.spool.new())
         try:
             body = bodies.chunks(request, most + FORM_BYTES)
             form = await multipart.receive(body, request.headers.get("content-type", ""), incoming, most, write)
             purpose, kept_s = _check(core, form, incoming.size)
-            file = await core.uploads.call(
+            file = await core.disk.call(
                 lambda store: keep(core, store, incoming, tenant, purpose, form.filename, kept_s)
             )
         finally:
-            await core.uploads.call(lambda _: incoming.discard())
+            await core.disk.call(lambda _: incoming.discard())
     return answer(file_object(file))
 
 
@@ -74,8 +75,9 @@ def keep(
     incoming.commit(file_id)
     try:
         return store.patience.call(files.add, store.client, file_id, tenant, purpose, filename, size, kept_s)
-    except BaseException:
-        core.spool.remove(file_id)
+    except StoreUnavailable as error:
+        if isinstance(error, StoreFull):  # else it may be known: what is not is taken away as a stray
+            core.spool.remove(file_id)
         raise
 
 
@@ -87,7 +89,8 @@ def _check(core: Core, form: multipart.Form, size: int) -> tuple[str, float | No
         raise Problem(400, "invalid_purpose", f"purpose: must be one of {', '.join(PURPOSES)}", param="purpose")
     anchor, seconds = fields.pop("expires_after[anchor]", None), fields.pop("expires_after[seconds]", None)
     if fields:
-        raise Problem(400, "unknown_parameter", "the form has fields that are not known here", param=next(iter(fields)))
+        told = "the form has fields beside file, purpose, expires_after[anchor] and expires_after[seconds]"
+        raise Problem(400, "unknown_parameter", told, param=next(iter(fields)))
     kept_s: float | None = files.BATCH_KEPT_S if purpose == "batch" else None
     if anchor is not None or seconds is not None:
         least, most = EXPIRES_S
@@ -102,7 +105,7 @@ def _check(core: Core, form: multipart.Form, size: int) -> tuple[str, float | No
     if size > limit:
         raise Problem(413, "file_too_large", f"a file of this purpose may have {limit:,} bytes", param="file")
     # A name without an ending is what SDKs send for bytes.
-    if purpose == "batch" and "." in form.filename and not form.filename.endswith(".jsonl"):
+    if purpose == "batch" and "." in form.filename and not form.filename.lower().endswith(".jsonl"):
         raise Problem(400, "invalid_file_format", "the input of a batch must be a .jsonl file", param="file")
     return purpose, kept_s
 
@@ -122,10 +125,12 @@ async def list_files(
 ) -> Response:
     """Uploaded ones, and the output and errors of batches that are over."""
     core, tenant = core_of(request), caller_of(request).tenant
-    asked = Asked(limit, after, newest_first=order == "desc")
+    asked = Asked(limit, after or None, newest_first=order == "desc")
+    if purpose and purpose not in (*PURPOSES, "batch_output"):
+        raise Problem(400, "invalid_purpose", f"purpose: must be one of {', '.join(PURPOSES)}", param="purpose")
     try:
         found, more = await core.threads.call(
-            lambda store: store.patience.call(files.files_page, store.client, tenant, asked, purpose)
+            lambda store: store.patience.call(files.files_page, store.client, tenant, asked, purpose or "")
         )
     except NotFound:
         raise Problem(400, "invalid_cursor", "after: there is no such file", param="after") from None
@@ -140,7 +145,11 @@ async def list_files(
 async def get_file(request: Request, file: str) -> Response:
     """Of the output of a batch that still runs the bytes are those it has so far."""
     core, tenant = core_of(request), caller_of(request).tenant
-    return answer(await core.streams.call(lambda store: _look(store, tenant, file)))
+    if files.batch_of(file) is None:
+        return answer(await core.threads.call(lambda store: _look(store, tenant, file)))
+    # Of one that grows all lines are measured: who asks often waits for themselves.
+    async with core.turns.soon(tenant, "looks at growing files", 1, uploads.TURN_S):
+        return answer(await core.streams.call(lambda store: _look(store, tenant, file)))
 
 
 def _look(store: Store, tenant: str, file_id: str) -> FileObject:
@@ -149,7 +158,7 @@ def _look(store: Store, tenant: str, file_id: str) -> FileObject:
     except NotFound:
         batch, part = growing(store, tenant, file_id)
     assert batch.made is not None
-    indexes = output_rows.rows(store, batch.batch_id, part)
+    indexes = _rows(store, batch, part)
     return FileObject(
         id=file_id,
         bytes=output_rows.size(store, batch.made, indexes, output_rows.openai_block),
@@ -171,6 +180,11 @@ def growing(store: Store, tenant: str, file_id: str) -> tuple[OpenAIBatch, Part]
         if batch.made is not None and batch.finalized_at is None:
             return batch, found[1]
     raise no_file()
+
+
+def _rows(store: Store, batch: OpenAIBatch, part: Part) -> array[int]:
+    """The jobs that have a line in the file; of an output that was deleted before a retry, those that came to it since."""
+    return output_rows.rows(store, batch.batch_id, part, batch.output_from if part == "output" else 0)
 
 
 def no_file() -> Problem:
@@ -202,7 +216,11 @@ def _delete(core: Core, store: Store, tenant: str, file_id: str) -> None:
     if of is None:
         core.spool.remove(file_id)
     else:
-        store.forget_results(of[0], output_rows.rows(store, *of))
+        batch = store.patience.call(openai_batches.get, store.client, tenant, of[0])
+        indexes = _rows(store, batch, of[1])
+        if of[1] == "output":
+            store.patience.call(openai_batches.output_deleted, store.client, of[0])
+        store.forget_results(of[0], indexes)
     store.patience.call(files.delete, store.client, file_id)
 
 
@@ -251,7 +269,8 @@ async def get_content(
         except NotFound:
             growing(store, caller.tenant, file)
             incomplete = True
-        indexes = output_rows.rows(store, *of)
+        batch = store.patience.call(openai_batches.get, store.client, caller.tenant, of[0])
+        indexes = _rows(store, batch, of[1])
         there = len(indexes)
         indexes = indexes[offset : None if limit is None else offset + limit]
         last = min(offset, there) + len(indexes)

@@ -122,7 +122,7 @@ class InputLines:
         beside = "stands beside custom_id, method, url and body"
         faults += [_Fault("invalid_request", plain(name), beside) for name in found]
         if not faults and request is not None:
-            self.model = self.model or _decode_told(request.body).model
+            self.model = self.model or model_of(request.body)
         return request, faults
 
     def _custom_id(self, raw: msgspec.Raw | None, faults: list[_Fault]) -> str | None:
@@ -175,6 +175,11 @@ class InputLines:
             faults.append(_Fault("mismatched_model", "body.model", "is another than that of the lines before"))
         faults += broken
         return request
+
+
+def model_of(body: bytes) -> str:
+    """The model that a good body names, '' for none."""
+    return _decode_told(body).model
 
 
 def _of_body(problem: Problem) -> _Fault:

@@ -7,6 +7,7 @@ import time
 
 import structlog
 
+from api.openai_shapes import PURPOSES
 from api.problems import Problem
 from api.spool import Spool
 from api.threads import StoreThreads
@@ -59,6 +60,7 @@ class Keeper:
             tenants = [raw.decode() for raw in store.client.smembers(keys.TENANTS)]
         before = time.time() - cursors.GONE_S
         for tenant in tenants:
-            cursors.forget(store.client, keys.tenant_files(tenant), keys.file, before)
+            for purpose in ("", *PURPOSES, "batch_output"):
+                cursors.forget(store.client, keys.tenant_files(tenant, purpose), keys.file, before)
             cursors.forget(store.client, keys.tenant_protocol(tenant, "openai"), keys.openai, before)
             cursors.forget(store.client, keys.tenant_protocol(tenant, "anthropic"), keys.batch, before)

@@ -10,14 +10,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from api import bodies, output_rows, submitting, uploads
+from api import output_rows, uploads
 from api.anthropic_shapes import PREFIX, WINDOW_S, DeletedMessageBatch, MessageBatchList, message_batch
 from api.auth import Caller
-from api.batch_routes import CANCEL_STEPS, TENANT_UPLOADS, Stream
-from api.core import Core
+from api.core import CANCEL_STEPS, Core
 from api.problems import FINAL, Problem, not_found
+from api.retries import Made, Retry, is_retry
 from api.routing import Route, answer, caller_of, core_of, gives, takes
-from api.submitting import Key, Retry, checked_key
+from api.streams import Stream
+from api.submitting import Key, checked_key
 from jobs import batches, cursors, keys
 from jobs.cursors import Asked
 from jobs.errors import Conflict, NotFound
@@ -68,16 +69,15 @@ async def create_message_batch(
         tenant=caller.tenant,
         protocol=PROTOCOL,
         alike=f"{PROTOCOL}\n{caller.tenant}" if key is None else "",
-        again=submitting.is_retry(retry),
+        again=is_retry(retry),
     )
-    with core.turn(caller.tenant, "uploads", TENANT_UPLOADS):
-        body = bodies.chunks(request, settings.message_batch_max_bytes)
-        try:
-            submitted = await uploads.submit_messages(core, body, new)
-        except Conflict:
-            detail = "this Idempotency-Key came before with other requests; nothing was submitted: use a new key"
-            raise Problem(409, "conflict", detail, headers=FINAL) from None
-    return _shown(request, await core.status(caller, submitted.batch_id))
+    try:
+        submitted = await uploads.submit_messages(request, new)
+    except Conflict:
+        detail = "this Idempotency-Key came before with other requests; nothing was submitted: use a new key"
+        raise Problem(409, "conflict", detail, headers=FINAL) from None
+    status = await core.status(caller, submitted.batch_id)
+    return Made(core, status.batch_id, message_batch(status, _base(request)))
 
 
 def _identity(caller: Caller, key: str) -> str:
@@ -99,7 +99,7 @@ async def list_message_batches(
 ) -> Response:
     """Newest first: the first page, or the one right behind (`after_id`), or right before (`before_id`), a batch."""
     core, caller = core_of(request), caller_of(request)
-    if after_id is not None and before_id is not None:
+    if after_id and before_id:
         raise Problem(400, "invalid_request", "before_id: give it or after_id, not both")
     asked = Asked(limit, _cursor("after_id", after_id), _cursor("before_id", before_id))
 
@@ -110,7 +110,7 @@ async def list_message_batches(
     try:
         found, more = await core.threads.call(lambda store: store.patience.call(work, store))
     except NotFound:
-        raise _no_cursor("before_id" if after_id is None else "after_id") from None
+        raise _no_cursor("after_id" if after_id else "before_id") from None
     base = _base(request)
     data = [message_batch(status, base) for status in found]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -118,7 +118,7 @@ async def list_message_batches(
 
 
 def _cursor(name: str, shown: str | None) -> str | None:
-    if shown is None:
+    if not shown:
         return None
     named = _NAMED.fullmatch(shown)
     if named is None:

@@ -12,14 +12,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from api import bodies, submitting, uploads
-from api.batch_routes import CANCEL_STEPS, TENANT_UPLOADS
+from api import uploads
+from api.core import CANCEL_STEPS
 from api.openai_creating import REST_BYTES, create
 from api.openai_shapes import BatchObject, BatchObjectList
-from api.openai_views import PREFIX, batch_object
+from api.openai_views import PREFIX, batch_object, shown
 from api.problems import FINAL, Problem
+from api.retries import Made, Retry, is_retry
 from api.routing import Route, answer, caller_of, core_of, gives, openai_problems, takes
-from api.submitting import Key, Retry
+from api.shapes import encode
+from api.submitting import Key
 from jobs import openai_batches
 from jobs.cursors import Asked
 from jobs.errors import NotFound
@@ -28,8 +30,8 @@ from jobs.store import Store
 
 #: Batches of a page.
 MOST_BATCHES = 100
-#: Bytes of errors, compressed, with which a page ends: some ten times as much as it is shown.
-ERRORS_BYTES = 1_000_000
+#: Bytes of errors with which a page ends.
+ERRORS_BYTES = 4_000_000
 
 _BATCH_ID = re.compile(PREFIX + "([0-9a-f]{24})")
 
@@ -46,17 +48,16 @@ _FOUND = gives("The batch.", "BatchObject")
     response_class=Response,
     summary="Create a batch",
     openapi_extra=takes("NewBatchObject"),
-    responses={200: _FOUND, **openai_problems(400, 404, 408, 409, 413, 415, 507)},
+    responses={200: _FOUND, 202: _FOUND, **openai_problems(400, 404, 408, 409, 413, 415, 507)},
 )
 async def create_batch(request: Request, key: Key = None, retry: Retry = None) -> Response:
     """Of an uploaded file, or of `requests` inline, read as a stream. Its lines are validated afterwards, all or nothing."""
     core, tenant = core_of(request), caller_of(request).tenant
-    again = submitting.is_retry(retry)
-    with core.turn(tenant, "uploads", TENANT_UPLOADS):
-        body = bodies.chunks(request, core.settings.batch_max_bytes + REST_BYTES)
-        batch = await uploads.carried(core, body, lambda store, stream: create(core, store, stream, tenant, key, again))
+    again = is_retry(retry)
+    most = core.settings.batch_max_bytes + REST_BYTES
+    batch = await uploads.read_in(request, most, lambda store, stream: create(core, store, stream, tenant, key, again))
     core.clerk.wake()
-    return answer(batch_object(batch))
+    return Made(core, batch.batch_id, batch_object(batch, b""), 202 if batch.lenient else 200)
 
 
 # -- looking
@@ -76,22 +77,27 @@ async def list_batches(
     """Newest first."""
     core, tenant = core_of(request), caller_of(request).tenant
     try:
-        asked = Asked(limit, None if after is None else _id_of(after))
-        found, more = await core.threads.call(
-            lambda store: store.patience.call(openai_batches.batches_page, store.client, tenant, asked)
+        asked = Asked(limit, _id_of(after) if after else None)
+        return Response(
+            await core.threads.call(lambda store: _page(store, tenant, asked)), media_type="application/json"
         )
     except NotFound:
         raise Problem(400, "invalid_cursor", "after: there is no such batch", param="after") from None
+
+
+def _page(store: Store, tenant: str, asked: Asked) -> bytes:
+    """A page; one with many errors ends early, and is made in a thread, because it is large."""
+    found, more = store.patience.call(openai_batches.batches_page, store.client, tenant, asked)
     size = 0
     data: list[BatchObject] = []
     for batch in found:
-        size += len(batch.errors)
+        size += batch.errors_bytes
         if data and size > ERRORS_BYTES:
             more = True
             break
-        data.append(batch_object(batch))
+        data.append(shown(store, batch))
     first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return answer(BatchObjectList(data=data, first_id=first, last_id=last, has_more=more))
+    return encode(BatchObjectList(data=data, first_id=first, last_id=last, has_more=more))
 
 
 @router.get(
@@ -100,7 +106,7 @@ async def list_batches(
 async def get_batch(request: Request, batch: str) -> Response:
     """Its state, times and counts."""
     core, tenant = core_of(request), caller_of(request).tenant
-    return answer(batch_object(await core.threads.call(lambda store: _get(store, tenant, batch))))
+    return answer(await core.threads.call(lambda store: shown(store, _get(store, tenant, batch))))
 
 
 def _id_of(name: str) -> str:
@@ -208,4 +214,4 @@ async def _change(request: Request, name: str, work: Callable[[Store, OpenAIBatc
     if batch.status == "in_progress" and made is not None and made.state == "running" and made.queued:
         core.ringer.ring(batch.batch_id, made.lane, made.label, made.queued)
     core.clerk.wake()
-    return answer(batch_object(batch))
+    return answer(await core.threads.call(lambda store: shown(store, batch)))

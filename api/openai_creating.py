@@ -24,7 +24,7 @@ from api.problems import FINAL, Problem
 from api.shapes import MOST_DEADLINE_S
 from api.spool import Incoming
 from jobs import files, openai_batches
-from jobs.errors import Conflict, NotFound, UsageError
+from jobs.errors import Conflict, NotFound, StoreFull, UsageError
 from jobs.identity import key_identity
 from jobs.openai_batches import NewOpenAIBatch, OpenAIBatch
 from jobs.requests import ENDPOINTS
@@ -81,6 +81,9 @@ def create(core: Core, store: Store, stream: BinaryIO, tenant: str, key: str | N
         except Conflict as error:
             _drop(core, store, inline, new.input_file_id)
             raise Problem(409, "idempotency_conflict", str(error), headers=FINAL) from None
+        except StoreFull:
+            _drop(core, store, inline, new.input_file_id)
+            raise
         if not created:
             _drop(core, store, inline, new.input_file_id)
         return store.patience.call(openai_batches.get, store.client, tenant, batch_id)
@@ -122,9 +125,9 @@ def _read(members: dict[str, bytes]) -> BatchOptions:
 
 def _check(core: Core, options: BatchOptions, inline: bool) -> None:
     if inline == (options.input_file_id is not None):
-        told = "give input_file_id, the id of an uploaded file, or requests, not both"
+        told = "stands beside requests; give one of them" if inline else "is missing; give the id of an uploaded file"
         code = "invalid_value" if inline else "missing_required_parameter"
-        raise Problem(400, code, told, param="input_file_id")
+        raise Problem(400, code, f"input_file_id: {told}", param="input_file_id")
     if options.endpoint not in ENDPOINTS:
         raise Problem(400, "invalid_endpoint", f"endpoint: must be one of {', '.join(ENDPOINTS)}", param="endpoint")
     if options.completion_window is None and not inline:

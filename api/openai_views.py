@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 
 from api.openai_shapes import (
@@ -13,35 +15,45 @@ from api.openai_shapes import (
     RequestCounts,
 )
 from jobs.files import id_of
-from jobs.openai_batches import OpenAIBatch
+from jobs.openai_batches import OpenAIBatch, errors_of
 from jobs.results import NO_USAGE, Usage
+from jobs.store import Store
 
 #: Before the id of a batch, as the protocol shows it.
 PREFIX = "batch_"
 
 _metadata = msgspec.json.Decoder(dict[str, str])
-_errors = msgspec.json.Decoder(BatchErrors)
 
 
-def batch_object(batch: OpenAIBatch) -> BatchObject:
-    """A batch as the protocol shows it. Its files are named as soon as they have a line."""
+def shown(store: Store, batch: OpenAIBatch) -> BatchObject:
+    """A batch with its errors, which are read for it."""
+    return batch_object(
+        batch, store.patience.call(errors_of, store.client, batch.batch_id) if batch.errors_bytes else b""
+    )
+
+
+def batch_object(batch: OpenAIBatch, errors: bytes) -> BatchObject:
+    """A batch as the protocol shows it; `errors` is the JSON of its errors, b'' for none.
+
+    Its output is named as soon as it has a line, its errors once they are all there.
+    """
     made, status = batch.made, batch.status
     failed = made.failed + made.cancelled + made.expired if made is not None else 0
     closed_at = made.closing_at if made is not None and made.closing == "c" else batch.cancelling_at
-    finalizing_at = made.finished_at if made is not None else None
-    if made is not None and made.closing == "x":
-        finalizing_at = made.closing_at
+    finalizing_at = None
+    if made is not None and status != "cancelling":
+        finalizing_at = made.closing_at if made.closing == "x" else made.finished_at
     expires_at = made.deadline_at if made is not None else batch.created_at + batch.window_s
     return BatchObject(
         id=PREFIX + batch.batch_id,
         endpoint=batch.endpoint,
         model=batch.model or None,
-        errors=_errors.decode(batch.errors_json) if batch.errors else None,
+        errors=cast("BatchErrors", msgspec.Raw(errors)) if errors else None,
         input_file_id=batch.input_file_id,
         completion_window=batch.window,
         status=status,
         output_file_id=id_of(batch.batch_id, "output") if made is not None and made.succeeded else None,
-        error_file_id=id_of(batch.batch_id, "error") if failed else None,
+        error_file_id=id_of(batch.batch_id, "error") if failed and batch.finalized_at is not None else None,
         created_at=int(batch.created_at),
         in_progress_at=_seconds(made.created_at if made is not None else None),
         expires_at=_seconds(expires_at),

@@ -32,8 +32,9 @@ _LETTERS: Final[dict[Part, bytes]] = {"output": _SUCCEEDED, "error": _ENDS.repla
 _WANTED: Final = {part: bytes(byte in letters for byte in range(256)) for part, letters in _LETTERS.items()}
 
 
-def rows(store: Store, batch_id: str, part: Part) -> array[int]:
-    """Indexes of the ended jobs of this part in the order of their ends, each once: at its last end.
+def rows(store: Store, batch_id: str, part: Part, start: int = 0) -> array[int]:
+    """Indexes of the ended jobs of this part in the order of their ends, each once: at its last end, if that is among those
+    from `start` on.
 
     Four bytes a job. What is no longer kept has none.
     """
@@ -43,7 +44,7 @@ def rows(store: Store, batch_id: str, part: Part) -> array[int]:
         ends.byteswap()
     left = bytearray(states.translate(_WANTED[part]))
     found = array("I")
-    for index in reversed(ends):  # one that was queued again and ended again stands there twice
+    for index in reversed(ends[start:]):  # one that was queued again and ended again stands there twice
         if left[index]:
             left[index] = 0
             found.append(index)
@@ -82,7 +83,7 @@ def _ended(
     """Index, custom id, result and state of these jobs, without those that have been queued again meanwhile."""
     batch_id = status.batch_id
     found = list(indexes)
-    results = store.results(batch_id, found)
+    results = _results(store, batch_id, found)
     # After the results: one that is not there because its job was queued again has no state any more.
     states = store.states_of(batch_id, found)
     unnamed = [index for index, stored in zip(found, results, strict=True) if nameless(stored)]
@@ -95,6 +96,17 @@ def _ended(
         else:
             custom_id = stored.mimoq.custom_id if stored is not None and stored.mimoq is not None else None
         yield index, custom_id, stored, state
+
+
+def _results(store: Store, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
+    """Their results; what somebody spoilt is taken for one that is no longer kept."""
+    try:
+        return store.results(batch_id, indexes)
+    except ValueError:
+        if len(indexes) == 1:
+            return [None]
+        half = len(indexes) // 2
+        return _results(store, batch_id, indexes[:half]) + _results(store, batch_id, indexes[half:])
 
 
 async def stream(core: Core, status: BatchStatus, indexes: Sequence[int], block: Block) -> AsyncIterator[bytes]:

@@ -48,7 +48,7 @@ _TITLES = {
     507: "No room",
 }
 #: What paths of OpenAI's protocol begin with.
-_OPENAI = ("/v1/chat/completions", "/v1/files", "/v1/batches")
+_OPENAI = ("/v1/chat/completions", "/v1/files", "/v1/batches", "/v1/uploads", "/v1/models")
 #: Tells SDKs not to try again: it would be refused again, or paid for again.
 FINAL = {"x-should-retry": "false"}
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -81,7 +81,8 @@ class Problem(Exception):
         """The JSON object of the answer."""
         if protocol == "openai":
             kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-            error = {"message": self.detail, "type": kind, "param": None, "code": self.code, **self.members}
+            code = "invalid_api_key" if self.status == 401 else self.code  # as clients know it
+            error = {"message": self.detail, "type": kind, "param": None, "code": code, **self.members}
             return {"error": error}
         own = {name: value for name, value in self.members.items() if name != "param"}  # which is OpenAI's
         if protocol == "anthropic":

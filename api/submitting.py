@@ -28,13 +28,6 @@ Key = Annotated[
         json_schema_extra=_KEY_BOUNDS,
     ),
 ]
-Retry = Annotated[
-    str | None,
-    Header(
-        alias="x-stainless-retry-count",
-        description="What SDKs count their retries in. Over 0: this call was made before, and finds what it made then.",
-    ),
-]
 
 
 def new_batch(
@@ -70,11 +63,6 @@ def new_batch(
 def identity_of(caller: Caller, key: str) -> str:
     """What an idempotency key of a tenant stands under."""
     return key_identity(f"api\n{caller.tenant}\n{checked_key(key)}")
-
-
-def is_retry(count: str | None) -> bool:
-    """Whether an SDK says that it makes this call again."""
-    return count is not None and count.isascii() and count.isdecimal() and count.strip("0") != ""
 
 
 def checked_key(key: str) -> str:

@@ -10,20 +10,29 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from io import BytesIO
 from typing import Any, BinaryIO, TypeVar, cast
 
+from starlette.requests import Request
+
+from api import bodies
 from api.core import Core
 from api.elements import Elements
 from api.input_messages import messages
 from api.problems import Problem
-from jobs.requests import InvalidLine, Request, parse
+from api.routing import caller_of, core_of
+from jobs.requests import InvalidLine, parse
+from jobs.requests import Request as JobRequest
 from jobs.store import Store
 from jobs.submission import NewBatch, Submitted
 from producers.reader import lines
 
 #: Bytes of a body that wait for the thread that reads them.
 PIPE_BYTES = 1_000_000
+#: Large bodies of one tenant that are read at once, and seconds that the next waits.
+TENANT_UPLOADS = 4
+TURN_S = 60.0
 #: Broken rules that are told of one batch.
 SHOWN_PROBLEMS = 20
 #: Bytes of a message batch beside its requests, where nothing is expected.
@@ -96,27 +105,56 @@ async def carried(core: Core, body: AsyncIterator[bytes], work: Callable[[Store,
     return await working
 
 
-async def submit_lines(core: Core, body: AsyncIterator[bytes], new: NewBatch, endpoint: str) -> Submitted:
+@asynccontextmanager
+async def place(request: Request) -> AsyncIterator[None]:
+    """Room for a body: a tenant has a few large ones read at once, the next wait; small ones need none.
+
+    Raises a `Problem` (429) when that takes too long.
+    """
+    if bodies.is_small(request):
+        yield
+        return
+    turns = core_of(request).turns
+    async with turns.soon(caller_of(request).tenant, "uploads", TENANT_UPLOADS, TURN_S):
+        yield
+
+
+async def read_in(request: Request, most: int, work: Callable[[Store, BinaryIO], T]) -> T:
+    """What `work` makes, in a thread, of a body of at most `most` bytes.
+
+    A small one is read before, so that who sends it slowly holds no thread.
+    """
+    core = core_of(request)
+    async with place(request):
+        if bodies.is_small(request):
+            raw = await bodies.read(request, most)
+            return await core.inline.call(lambda store: work(store, BytesIO(raw)))
+        return await carried(core, bodies.chunks(request, most), work)
+
+
+async def submit_lines(request: Request, new: NewBatch, endpoint: str) -> Submitted:
     """Submits a body of JSON lines. Raises a `Problem` that names the lines that break a rule, or what the store raises."""
+    core = core_of(request)
 
     def work(store: Store, stream: BinaryIO) -> Submitted:
         found = lines(stream, core.settings.max_line_bytes)
         return store.submit(_good(found, core, endpoint, "line"), new)
 
-    return _rung(core, new, await carried(core, body, work))
+    return _rung(core, new, await read_in(request, core.settings.api_max_upload_bytes, work))
 
 
-async def submit_messages(core: Core, body: AsyncIterator[bytes], new: NewBatch) -> Submitted:
+async def submit_messages(request: Request, new: NewBatch) -> Submitted:
     """Submits the body of a new message batch, `{"requests": [{"custom_id", "params"}, ...]}`.
 
     Raises a `Problem` in Anthropic's words that names the first requests that break a rule, or what the store raises.
     """
+    core = core_of(request)
 
     def work(store: Store, stream: BinaryIO) -> Submitted:
         elements = Elements(stream, "requests", core.settings.max_line_bytes, REST_BYTES)
         return store.submit(messages(elements, core.settings, core.model), new)
 
-    return _rung(core, new, await carried(core, body, work))
+    return _rung(core, new, await read_in(request, core.settings.message_batch_max_bytes, work))
 
 
 async def submit_inline(core: Core, requests: Iterable[Any], new: NewBatch, endpoint: str) -> Submitted:
@@ -132,7 +170,7 @@ def _rung(core: Core, new: NewBatch, submitted: Submitted) -> Submitted:
     return submitted
 
 
-def _good(found: Iterable[tuple[int, bytes | None]], core: Core, endpoint: str, word: str) -> Iterator[Request]:
+def _good(found: Iterable[tuple[int, bytes | None]], core: Core, endpoint: str, word: str) -> Iterator[JobRequest]:
     """The requests; once one breaks a rule no more come, the rest is only judged, and a `Problem` tells of them all."""
     problems: list[dict[str, Any]] = []
     bad = 0

@@ -35,6 +35,10 @@ class Conflict(UsageError):
     """The same idempotency key came with other requests; nothing was submitted."""
 
 
+class Unwanted(MimoqError):
+    """What was under way is not to go on: somebody has cancelled it, or the process that does it is being stopped."""
+
+
 class StoreUnavailable(MimoqError):
     """Redis did not answer in time; nothing that was acknowledged is lost."""
 

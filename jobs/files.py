@@ -66,7 +66,8 @@ def add(client: Any, file_id: str, tenant: str, purpose: str, filename: str, siz
         if expires_at is not None:
             pipe.hset(keys.file(file_id), "expires_at", repr(expires_at))
             pipe.zadd(keys.FILES, {file_id: expires_at})
-        pipe.zadd(keys.tenant_files(tenant), {file_id: now})
+        for name in (keys.tenant_files(tenant), keys.tenant_files(tenant, purpose)):
+            pipe.zadd(name, {file_id: now})
         pipe.sadd(keys.TENANTS, tenant)
         pipe.execute()
     return File(file_id, tenant, purpose, filename, size, now, expires_at)
@@ -80,13 +81,9 @@ def get(client: Any, tenant: str, file_id: str) -> File:
     return found
 
 
-def files_page(client: Any, tenant: str, asked: Asked, purpose: str | None = None) -> tuple[list[File], bool]:
+def files_page(client: Any, tenant: str, asked: Asked, purpose: str = "") -> tuple[list[File], bool]:
     """A tenant's files, of one purpose or of any, and whether there are more. Raises `NotFound` for an unknown cursor."""
-
-    def read(ids: Sequence[str]) -> list[File | None]:
-        return [file if file and purpose in (None, file.purpose) else None for file in _read(client, tenant, ids)]
-
-    return page(client, keys.tenant_files(tenant), asked, read)
+    return page(client, keys.tenant_files(tenant, purpose), asked, lambda ids: _read(client, tenant, ids))
 
 
 def delete(client: Any, file_id: str) -> bool:

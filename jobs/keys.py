@@ -34,9 +34,7 @@ TOKENS = PREFIX + "tokens"  # hash: token id -> JSON of a token of the API, its 
 SECRETS = PREFIX + "secrets"  # hash: tenant -> what its webhooks are signed with
 OUTBOX = PREFIX + "outbox"  # zset: event id -> unix time it is due; channel: a message when one comes in
 DEAD = PREFIX + "outbox:dead"  # zset: event id -> unix time its delivery was given up
-OPENAI_DUE = (
-    PREFIX + "openai:due"
-)  # zset: batch id -> unix time at which an OpenAI batch has to be validated or finalized
+OPENAI_DUE = PREFIX + "openai:due"  # zset: tenant -> unix time at which it is its turn to have an OpenAI batch seen to
 FILES = PREFIX + "files"  # zset: file id -> unix time at which it expires, of uploaded files that do
 METRICS = PREFIX + "metrics"  # hash: what all processes have counted
 
@@ -101,6 +99,11 @@ def channel(batch_id: str) -> str:
 def lane(name: str, label: str) -> str:
     """zset: batch id -> virtual time (jobs handed out), of batches with ready work for the upstream `label`."""
     return f"{PREFIX}lane:{name}:{label}"
+
+
+def leads(name: str, label: str) -> str:
+    """zset: batch id -> unix time, of new batches whose first job is to be called before their turn."""
+    return f"{PREFIX}leads:{name}:{label}"
 
 
 def quarantine(name: str, label: str) -> str:
@@ -168,9 +171,14 @@ def tenant_protocol(tenant: str, protocol: str) -> str:
     return f"{PREFIX}tenant:{tenant}:{protocol}"
 
 
-def tenant_files(tenant: str) -> str:
-    """zset: file id -> created_at, a tenant's files."""
-    return f"{PREFIX}tenant:{tenant}:files"
+def tenant_due(tenant: str) -> str:
+    """zset: batch id -> unix time at which an OpenAI batch of the tenant has to be validated or finalized."""
+    return f"{PREFIX}tenant:{tenant}:due"
+
+
+def tenant_files(tenant: str, purpose: str = "") -> str:
+    """zset: file id -> created_at, a tenant's files, or those of one purpose."""
+    return f"{PREFIX}tenant:{tenant}:files:{purpose}" if purpose else f"{PREFIX}tenant:{tenant}:files"
 
 
 def file(file_id: str) -> str:

@@ -107,7 +107,7 @@ async def claim(
 ) -> list[Job]:
     """Up to `wanted` ready jobs of the lane, the batches in turn, leased to this worker.
 
-    With `leads` none but the first job of a new batch, if such a batch is next.
+    With `leads` none but the first job of a new batch; else one such job, if there are to be others.
     """
     lanes = [keys.lane(lane, label) for label in labels]
     names = [keys.PREFIX, keys.turn(lane), *lanes]

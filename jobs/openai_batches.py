@@ -23,8 +23,31 @@ from jobs.submission import made_digest
 
 #: Seconds that who validates or finalizes has it to itself, unless renewed.
 LEASE_S = 30.0
-#: Batches that are due and looked at, in search of one whose tenant has not enough under work.
+#: Tenants looked at, in search of one that has not enough under work.
 LOOKED_AT = 1_000
+
+#: What a look reads of a record; its errors, which may be long, are read where they are shown.
+_FIELDS = (
+    "tenant",
+    "endpoint",
+    "input_file_id",
+    "window",
+    "window_s",
+    "created_at",
+    "metadata",
+    "callback",
+    "model",
+    "lane",
+    "lenient",
+    "identity",
+    "content",
+    "failed_at",
+    "cancelled_at",
+    "cancelling_at",
+    "finalized_at",
+    "errors_bytes",
+    "output_from",
+)
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 Step = Literal["validate", "made", "finalize"]
@@ -34,6 +57,7 @@ _create = Script("openai_create")
 _take = Script("openai_take")
 _mark = Script("openai_mark")
 _made = Script("openai_made")
+_renew = Script("openai_renew")
 _fail = Script("openai_fail")
 _finalize = Script("openai_finalize")
 
@@ -97,18 +121,15 @@ class OpenAIBatch:
     lenient: bool
     identity: str = field(repr=False)
     content: str = field(repr=False)
-    errors: bytes = field(repr=False)
-    """Compressed, b'' for none: there may be ten thousand."""
+    errors_bytes: int
+    """Of the JSON of its errors, 0 for none: there may be ten thousand."""
+    output_from: int
+    """How many of its jobs had ended when its output was deleted: what they gave is no more."""
     failed_at: float | None
     cancelled_at: float | None
     cancelling_at: float | None
     finalized_at: float | None
     made: BatchStatus | None
-
-    @property
-    def errors_json(self) -> bytes:
-        """Its errors, b'' for none."""
-        return zlib.decompress(self.errors) if self.errors else b""
 
     @property
     def status(self) -> Status:
@@ -184,34 +205,23 @@ def take(client: Any, lease_s: float = LEASE_S, busy: Iterable[str] = ()) -> Due
     return Due(reply[0], cast("Step", reply[1]), reply[2]) if reply else None
 
 
-def renew(client: Any, batch_id: str, lease_s: float = LEASE_S) -> bool:
-    """Keeps it leased; returns whether it is still wanted: nobody has cancelled it."""
+def renew(client: Any, batch_id: str, seconds: float = LEASE_S) -> bool:
+    """Keeps it leased, or has it due again after so long; False where it was cancelled before it was a batch."""
     with redis_errors():
-        seconds, micros = client.time()
-        pipe = client.pipeline(transaction=True)
-        pipe.zadd(keys.OPENAI_DUE, {batch_id: seconds + micros / 1e6 + lease_s}, xx=True)
-        pipe.hexists(keys.openai(batch_id), "cancelling_at")
-        return not pipe.execute()[1]
+        return bool(_renew(client, [keys.PREFIX], [batch_id, seconds]))
 
 
-def put_off(client: Any, batch_id: str, seconds: float) -> None:
-    """Lets it be due again after so long, for whoever can do it then."""
-    renew(client, batch_id, seconds)
-
-
-def made(client: Any, batch_id: str, model: str) -> str:
-    """It has become a batch of this model; returns what somebody wished meanwhile: `cancelled`, `paused`, '' for nothing.
-
-    It stays due until that has been done and this is called again.
-    """
+def made(client: Any, batch_id: str, model: str) -> None:
+    """It has become a batch of this model ('': of one that is not known)."""
     with redis_errors():
-        return str(_made(client, [keys.PREFIX], [batch_id, model]).decode())
+        _made(client, [keys.PREFIX], [batch_id, model])
 
 
 def fail(client: Any, batch_id: str, word: Literal["failed", "cancelled"], errors: bytes, kept_s: int) -> None:
     """Ends one that never was a batch; `errors` is the JSON of why."""
     with redis_errors():
-        _fail(client, [keys.PREFIX], [batch_id, word, zlib.compress(errors) if errors else b"", kept_s])
+        packed = zlib.compress(errors) if errors else b""
+        _fail(client, [keys.PREFIX], [batch_id, word, packed, kept_s, len(errors)])
 
 
 def finalize(client: Any, batch_id: str, finished_at: float, output: tuple[int, int], errors: tuple[int, int]) -> bool:
@@ -221,25 +231,41 @@ def finalize(client: Any, batch_id: str, finished_at: float, output: tuple[int, 
         return bool(_finalize(client, [keys.PREFIX], arguments) == b"ended")
 
 
+def errors_of(client: Any, batch_id: str) -> bytes:
+    """The JSON of its errors, b'' for none."""
+    with redis_errors():
+        packed = client.hget(keys.openai(batch_id), "errors")
+    return zlib.decompress(packed) if packed else b""
+
+
+def output_deleted(client: Any, batch_id: str) -> None:
+    """Notes that its output was deleted, so that what comes to it by a retry comes alone."""
+    with redis_errors():
+        ends = int(client.strlen(keys.done(batch_id))) // 4
+        if client.exists(keys.openai(batch_id)):
+            client.hset(keys.openai(batch_id), "output_from", ends)
+
+
 def _read(client: Any, tenant: str, ids: Sequence[str]) -> list[OpenAIBatch | None]:
     if not ids:
         return []
     with redis_errors():
         pipe = client.pipeline(transaction=True)
         for batch_id in ids:
-            pipe.hgetall(keys.openai(batch_id))
+            pipe.hmget(keys.openai(batch_id), *_FIELDS)
             ask(pipe, batch_id)
         replies = pipe.execute()
     looks = zip(ids, replies[::3], replies[1::3], replies[2::3], strict=True)
     return [
-        _batch(batch_id, own, told(batch_id, raw, running)) if own and own[b"tenant"].decode() == tenant else None
+        _batch(batch_id, own, told(batch_id, raw, running))
+        if own[0] is not None and own[0].decode() == tenant
+        else None
         for batch_id, own, raw, running in looks
     ]
 
 
-def _batch(batch_id: str, raw: dict[bytes, bytes], status: BatchStatus | None) -> OpenAIBatch:
-    errors = raw.pop(b"errors", b"")
-    record = {name.decode(): value.decode() for name, value in raw.items()}
+def _batch(batch_id: str, values: Sequence[bytes | None], status: BatchStatus | None) -> OpenAIBatch:
+    record = {name: raw.decode() for name, raw in zip(_FIELDS, values, strict=True) if raw is not None}
 
     def time(name: str) -> float | None:
         return float(record[name]) if name in record else None
@@ -259,7 +285,8 @@ def _batch(batch_id: str, raw: dict[bytes, bytes], status: BatchStatus | None) -
         lenient="lenient" in record,
         identity=record["identity"],
         content=record["content"],
-        errors=errors,
+        errors_bytes=int(record.get("errors_bytes", 0)),
+        output_from=int(record.get("output_from", 0)),
         failed_at=time("failed_at"),
         cancelled_at=time("cancelled_at"),
         cancelling_at=time("cancelling_at"),

@@ -142,7 +142,11 @@ class _Refusal(msgspec.Struct):
     error: dict[str, Any]
 
 
+#: What the error object of OpenAI's protocol has.
+_ERROR_KEYS = frozenset({"message", "type", "param", "code"})
+
 _encode = msgspec.json.Encoder().encode
+_decode_any = msgspec.json.Decoder().decode
 _decode = msgspec.json.Decoder(StoredResult).decode
 _decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
@@ -240,8 +244,8 @@ def output_line(
         }
     elif about is not None and about.error is not None:
         failure = about.error
-        if failure.status is not None and bytes(failure.body) != NO_BODY_JSON:
-            response = {"status_code": failure.status, "request_id": about.request_id, "body": failure.body}
+        if (body := _refused_body(failure)) is not None:
+            response = {"status_code": failure.status, "request_id": about.request_id, "body": body}
         if response is None or failure.status is None or failure.status < 400:
             # An HTTP error speaks for itself in the protocol; a bad answer with status 200 does not.
             error = {"code": failure.code, "message": failure.message}
@@ -250,6 +254,26 @@ def output_line(
     else:
         error = {"code": f"batch_{ended}", "message": _NOT_EXECUTED[ended]}
     return _line({"id": f"batch_req_{job_id}", "custom_id": custom_id, "response": response, "error": error})
+
+
+def _refused_body(failure: Failure) -> Any:
+    """What the upstream answered, an object in any case; None where there is nothing of it, or a bad answer is none."""
+    if failure.status is None or bytes(failure.body) == NO_BODY_JSON:
+        return None
+    body: Any = failure.body
+    try:
+        told = _decode_any(failure.body)
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        if failure.status < 400:
+            return None
+        told = {"error": {"message": failure.message, "type": "upstream_error", "code": failure.code}}
+        body = told
+    error = told.get("error")
+    if failure.status >= 400 and isinstance(error, dict) and not error.keys() >= _ERROR_KEYS:
+        body = {**told, "error": {**dict.fromkeys(sorted(_ERROR_KEYS)), **error}}
+    return body
 
 
 def message_line(custom_id: str | None, stored: StoredResult | None, state: JobState | None = None) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jobs import keys
 from jobs.blocks import encode_blocks
 from jobs.connections import redis_errors
-from jobs.errors import Conflict, StoreUnavailable, UsageError
+from jobs.errors import Conflict, StoreUnavailable, Unwanted, UsageError
 from jobs.patience import Patience
 from jobs.requests import Request
 from jobs.results import NO_USAGE, Usage
@@ -33,6 +33,7 @@ SIGN_S = 30.0
 PIPELINE_BYTES = 1_000_000
 
 _create = Script("create")
+_heard = Script("heard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class Submission:
         self._made = False
 
     def submit(self, requests: Iterable[Request]) -> Submitted:
-        """Does it all. Raises `Conflict`, `NoRoom` or `StoreUnavailable`; nothing is left behind then."""
+        """Does it all. Raises `Conflict`, `NoRoom`, `Unwanted` or `StoreUnavailable`; nothing is left behind then."""
         if (self._new.identity or self._new.alike) and not self._new.content:
             requests = self._digested(requests)
         there = self._patience.call(self._look) if self._new.identity else None
@@ -158,6 +159,8 @@ class Submission:
                 "Redis has lost requests while they were being written (they expired, or it was restarted without its "
                 "last writes); nothing was submitted: submit again"
             )
+        if word == "unwanted":
+            raise Unwanted("the batch was cancelled before it was made")
         if self._made:
             self._room.added(self._jobs)
         return Submitted(batch_id, self._jobs, self._made)
@@ -263,6 +266,7 @@ class Submission:
             made_digest(new.alike, self._content),
             "1" if new.again else "",
             "" if new.deadline_at is None else new.deadline_at,
+            new.protocol,
             *further,
         ]
         self._tries += 1
@@ -276,3 +280,9 @@ def made_digest(alike: str, content: str) -> str:
     if not alike:
         return ""
     return hashlib.blake2b(f"{alike}\n{content}".encode(), digest_size=16).hexdigest()
+
+
+def heard(client: Any, batch_id: str) -> None:
+    """Whoever made the batch has heard of it: no call made again finds it any more."""
+    with redis_errors():
+        _heard(client, [keys.PREFIX], [batch_id])

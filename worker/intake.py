@@ -64,6 +64,7 @@ class Intake:
         self._began_at = 0.0  # of the calls that have been started lately
         self._claimed_at = 0.0
         self._looked_at = 0.0  # for new batches
+        self._started_since = 2  # calls, since the last new batch
         self._changed = asyncio.Event()
         self.claiming = asyncio.Lock()  # held while a claim is on its way and what it brings is taken in
         self.stopping = False
@@ -75,6 +76,7 @@ class Intake:
         if not self._starts or self._starts[-1][0] < now - LATELY_S:
             self._began_at = now
         self._starts.append((now, count))
+        self._started_since += count
         self._changed.set()
 
     def stir(self) -> None:
@@ -128,7 +130,7 @@ class Intake:
             # Room that comes in crumbs is let grow: each claim decompresses a block of requests.
             if self._room(lane, target) >= max(1, min(self._settings.slice_size, target // 4)):
                 return True
-            if target > 0 and time.monotonic() - self._looked_at > LEAD_S:
+            if target > 0 and self._may_lead(lane):
                 await self._lead(lane)
             self._changed.clear()
             try:
@@ -138,16 +140,23 @@ class Intake:
                 continue
         return False
 
+    def _may_lead(self, lane: str) -> bool:
+        """Whether a new batch may be looked for: one at a time, and no more than every second call is a lead."""
+        waited = time.monotonic() - self._looked_at > LEAD_S
+        return waited and self._started_since >= 2 and not self._lines.ahead(lane)
+
     async def _lead(self, lane: str) -> None:
         """Claims the first job of a new batch, whatever waits here already."""
         async with self.claiming:
-            if self.stopping:
+            if self.stopping or not self._may_lead(lane):  # another ring was first
                 return
             self._looked_at = time.monotonic()
             try:
                 jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, 1, leads=True)
             except (RedisError, OSError):
                 return  # whoever claims next says so
+            if jobs:
+                self._started_since = 0
             await self._welcome(jobs)
 
     def room(self, lane: str = "bulk") -> int:

@@ -92,6 +92,10 @@ class Lines:
         (line.ahead if first else line.waiting).append(run)
         line.wake.set()
 
+    def ahead(self, lane: str) -> int:
+        """How many jobs of the lane come first, whatever else waits."""
+        return sum(len(line.ahead) for line in self._lines.values() if line.lane == lane)
+
     def sift(self) -> None:
         """Takes out what is no longer to be called."""
         for line in self._lines.values():
@@ -234,7 +238,9 @@ class Line:
 
     def _put_back(self, runs: Iterable[Run]) -> None:
         """Jobs that got no reservation, but for those that were given back while the limiter was asked."""
-        self.waiting.extendleft(run for run in reversed(list(runs)) if not run.over)
+        for run in reversed(list(runs)):
+            if not run.over:
+                (self.ahead if run.job.leads else self.waiting).appendleft(run)
 
     def _see(self, grant: Grant) -> None:
         """Shuts the line while nobody may call: nothing is claimed for it, and what it holds others may have."""

@@ -5,13 +5,14 @@
 -- KEYS[2]   virtual time of the lane (string)
 -- KEYS[3..] the lane's batches with ready work (zset), one key for each upstream label the worker serves
 -- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds    ARGV[4] jobs wanted, at most
--- ARGV[5] '1' for nothing but the first job of a batch of several, of which none was handed out before, where one is next
+-- ARGV[5] '1' for nothing but the first job of a new batch
 --
 -- Returns a list of slices, each {batch id, token, indexes joined by commas, crashes, compressed block, its first index,
 -- {index, attempts so far, ...} of jobs that have some, {index, request, ...} of large requests,
 -- maximum of attempts or '', retention in seconds, jobs of the batch}. Crashes: -1 marks jobs that are to be ended as poison, not called.
 --
--- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices.
+-- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices. The first
+-- job of a new one comes before its turn, one in a claim: it shows what is wrong with them all.
 -- What a batch has ready is taken in this order: due retries, slices given back, then its never-claimed rest. Suspects
 -- among them go into quarantine (quarantine.lua hands these out). Of a batch whose deadline has passed nothing is taken.
 
@@ -98,7 +99,39 @@ local function exhausted(batch)
 end
 
 local got, rounds = 0, 0
-while got < wanted and rounds < 200 do
+
+local function hand(batch, indexes, crashes)
+  got = got + #indexes
+  local token = ARGV[2] .. '.' .. #slices
+  slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], token, tonumber(ARGV[3]), crashes, 0)
+end
+
+-- The first job of the batch that has waited longest of those of which none was handed out.
+local function hand_lead()
+  for i = 3, #KEYS do
+    local leads = string.gsub(KEYS[i], '^(.-)lane:', '%1leads:', 1)
+    for _ = 1, 100 do
+      local batch = redis.call('ZRANGE', leads, 0, 0)[1]
+      if not batch then break end
+      redis.call('ZREM', leads, batch)
+      -- Where it is its turn anyway, its first job comes with others.
+      if ARGV[5] ~= '1' and redis.call('ZRANGE', KEYS[i], 0, 0)[1] == batch then return end
+      local total, _, cursor = may_run(batch)
+      if total and cursor == 0 and redis.call('ZSCORE', KEYS[i], batch) then
+        redis.call('HSET', record(batch), 'cursor', 1)
+        if not ended(batch, '0') then
+          hand(batch, {'0'}, 0)
+          redis.call('ZINCRBY', KEYS[i], 1, batch)
+          return
+        end
+      end
+    end
+  end
+end
+
+-- With others, if there are to be others: however many new batches come, what is older goes on.
+if ARGV[5] == '1' or wanted > 1 then hand_lead() end
+while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
   rounds = rounds + 1
   local lane, batch, score
   for i = 3, #KEYS do
@@ -108,18 +141,12 @@ while got < wanted and rounds < 200 do
     end
   end
   if not batch then break end
-  if ARGV[5] == '1' then
-    local b = redis.call('HMGET', record(batch), 'cursor', 'total')
-    if b[1] ~= '0' or b[2] == '1' then break end
-  end
   local indexes, crashes = take(batch, wanted - got)
   if #indexes == 0 then
     if exhausted(batch) then redis.call('ZREM', lane, batch) end
   else
-    got = got + #indexes
     redis.call('SET', KEYS[2], string.format('%.0f', score))
-    local token = ARGV[2] .. '.' .. #slices
-    slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], token, tonumber(ARGV[3]), crashes, 0)
+    hand(batch, indexes, crashes)
     if redis.call('HGET', record(batch), 'total') == '1' then
       redis.call('ZREM', lane, batch)  -- all that a single has is handed out: nobody need look again
     else

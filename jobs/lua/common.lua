@@ -26,17 +26,18 @@ local function ended(batch, index)
   return byte ~= '' and byte ~= '\0'
 end
 
--- The batch has ready work: it joins its lane at the lane's present virtual time, or `lead` jobs before it, unless it is there
--- already. That is the time of whoever is next for the same upstream; another upstream's workers may be far ahead or behind.
-local function wake(batch, lead)
+-- The batch has ready work: it joins its lane at the lane's present virtual time, unless it is there already. That is the time
+-- of whoever is next for the same upstream; another upstream's workers may be far ahead or behind. The first job of a new one
+-- (`leads`) is also found apart from its turn.
+local function wake(batch, leads)
   local lane = redis.call('HMGET', record(batch), 'lane', 'label')
   if not lane[1] then return end
   local name = lane[1] .. ':' .. lane[2]
   local head = redis.call('ZRANGE', prefix .. 'lane:' .. name, 0, 0, 'WITHSCORES')
   local turn = head[2] or redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
-  if lead then turn = string.format('%.0f', tonumber(turn) - lead) end
   redis.call('SADD', prefix .. 'lanes', name)
   redis.call('ZADD', prefix .. 'lane:' .. name, 'NX', turn, batch)
+  if leads then redis.call('ZADD', prefix .. 'leads:' .. name, stamp(now()), batch) end
 end
 
 -- One job of a lease is settled, one way or the other; the lease goes with its last job.
@@ -144,6 +145,22 @@ local function let_open(batch, total, created_at)
   if tonumber(total) > 1 then redis.call('ZADD', prefix .. 'open:many', total, batch) end
 end
 
+-- An OpenAI batch has to be validated or finalized at this time; nil: no longer. What is due is listed by tenant, and tenants by
+-- when it is their turn: one that waits for its turn keeps it, however old what it has is.
+local function set_due(batch, at)
+  local tenant = redis.call('HGET', of(batch, 'openai'), 'tenant')
+  if not tenant then return end
+  local list, tenants = prefix .. 'tenant:' .. tenant .. ':due', prefix .. 'openai:due'
+  if at then redis.call('ZADD', list, stamp(at), batch) else redis.call('ZREM', list, batch) end
+  local first = redis.call('ZRANGE', list, 0, 0, 'WITHSCORES')
+  if not first[2] then
+    redis.call('ZREM', tenants, tenant)
+    return
+  end
+  local turn = tonumber(redis.call('ZSCORE', tenants, tenant) or 'inf')
+  if turn > now() or turn < tonumber(first[2]) then redis.call('ZADD', tenants, first[2], tenant) end
+end
+
 -- Every ended job is counted once, so the sum tells when the batch is over. Its keys live on for the retention time.
 local function close_if_over(batch)
   local b = record(batch)
@@ -154,7 +171,7 @@ local function close_if_over(batch)
   redis.call('HSET', b, 'state', 'finished', 'finished_at', stamp(now()))
   for _, list in ipairs({'open', 'open:many', 'deadlines', 'due'}) do redis.call('ZREM', prefix .. list, batch) end
   redis.call('SREM', prefix .. 'closing', batch)
-  redis.call('ZREM', prefix .. 'lane:' .. n[8] .. ':' .. n[9], batch)
+  for _, list in ipairs({'lane:', 'leads:'}) do redis.call('ZREM', prefix .. list .. n[8] .. ':' .. n[9], batch) end
   redis.call('ZREM', prefix .. 'quarantine:' .. n[8] .. ':' .. n[9], batch)
   redis.call('DEL', of(batch, 'ready'), of(batch, 'claims'), of(batch, 'retries'), of(batch, 'history'),
     of(batch, 'quarantine'), of(batch, 'suspects'))
@@ -163,7 +180,7 @@ local function close_if_over(batch)
   for _, part in ipairs({'requests', 'states', 'done', 'strays', 'openai'}) do redis.call('EXPIRE', of(batch, part), ttl) end
   retire(batch, tonumber(n[1]), ttl)
   if n[11] == 'openai' then
-    redis.call('ZADD', prefix .. 'openai:due', stamp(now()), batch)  -- its files come first, then its event
+    set_due(batch, now())  -- its files come first, then its event
   else
     post_event(batch)
   end

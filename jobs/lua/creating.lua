@@ -11,18 +11,26 @@ local function there_before(id, identity, content)
   end
 end
 
--- Seconds that a call made again finds what it made the first time.
-local MADE_S = 900
+-- Milliseconds that a call made again finds what it made the first time, and after which whoever made it is taken not to have
+-- heard of it, if nobody has said so (heard.lua): an answer takes less.
+local MADE_MS = 900000
+local UNHEARD_MS = 250
 
--- The batch that a call of this digest has made, where `again` says that it is that call made again, by somebody who did not
--- hear of it. `part` names the record that tells whether it is still there.
-local function made_before(digest, again, part)
-  local id = digest ~= '' and again == '1' and redis.call('GET', prefix .. 'made:' .. digest)
-  if id and redis.call('EXISTS', part and of(id, part) or record(id)) == 1 then return {'exists', id} end
+-- The batch that a call of this digest has made, where `again` says that it is that call made again. Not one that was stopped.
+local function made_before(digest, again)
+  local key = prefix .. 'made:' .. digest
+  local id = digest ~= '' and again == '1' and redis.call('GET', key)
+  if not id or redis.call('PTTL', key) > MADE_MS - UNHEARD_MS then return end
+  local o = redis.call('HMGET', of(id, 'openai'), 'created_at', 'failed_at', 'cancelled_at', 'cancelling_at')
+  local closing = redis.call('HGET', record(id), 'closing')
+  if (closing or o[1]) and (closing or '') == '' and not (o[2] or o[3] or o[4]) then return {'exists', id} end
 end
 
-local function remember_made(digest, id)
-  if digest ~= '' then redis.call('SET', prefix .. 'made:' .. digest, id, 'EX', MADE_S) end
+-- `key` is the hash that tells of the batch.
+local function remember_made(digest, id, key)
+  if digest == '' then return end
+  redis.call('SET', prefix .. 'made:' .. digest, id, 'PX', MADE_MS)
+  redis.call('HSET', key, 'made', digest)
 end
 
 -- Makes the record of a batch whose requests lie where they belong, and lets it be found. `new` has id, lane, label, total,
@@ -51,5 +59,5 @@ local function create_batch(new)
     redis.call('HSET', record(id), 'deadline_at', deadline)
   end
   -- Its first jobs are next, whatever else waits: what is wrong with all of them shows at once.
-  if not close_if_over(id) then wake(id, 1) end
+  if not close_if_over(id) then wake(id, new.total ~= '1') end
 end

@@ -17,14 +17,14 @@ for _, before in ipairs({id, identity ~= '' and redis.call('GET', prefix .. 'ide
   local found = redis.call('HGET', of(before, 'openai'), 'content')
   if found then return {found == content and 'exists' or 'conflict', before} end
 end
-local before = made_before(ARGV[5], ARGV[6], 'openai')
+local before = made_before(ARGV[5], ARGV[6])
 if before then return before end
 local at = stamp(now())
 if identity ~= '' then redis.call('SET', prefix .. 'identity:' .. identity, id) end
 redis.call('HSET', of(id, 'openai'), 'tenant', tenant, 'identity', identity, 'content', content, 'created_at', at,
   unpack(ARGV, 7))
-remember_made(ARGV[5], id)
+remember_made(ARGV[5], id, of(id, 'openai'))
 redis.call('SADD', prefix .. 'tenants', tenant)
 redis.call('ZADD', prefix .. 'tenant:' .. tenant .. ':openai', at, id)
-redis.call('ZADD', prefix .. 'openai:due', at, id)
+set_due(id, tonumber(at))
 return {'created', id}

@@ -12,9 +12,9 @@
 local id = ARGV[1]
 local key = of(id, 'openai')
 local b = redis.call('HMGET', record(id), 'state', 'finished_at', 'closing', 'tenant')
-if b[1] ~= 'finished' or b[2] ~= ARGV[2] then return 'stale' end
-local o = redis.call('HMGET', key, 'callback', 'output_ttl_s', 'finalized_at')
-redis.call('ZREM', prefix .. 'openai:due', id)
+local o = redis.call('HMGET', key, 'callback', 'output_ttl_s', 'finalized_at', 'created_at')
+if b[1] ~= 'finished' or b[2] ~= ARGV[2] or not o[4] then return 'stale' end
+set_due(id, nil)
 if o[3] then return 'stale' end
 local at = now()
 local kept = redis.call('TTL', record(id))
@@ -26,7 +26,9 @@ for i, part in ipairs({'output', 'error'}) do
     redis.call('HSET', prefix .. 'file:' .. name, 'tenant', b[4], 'purpose', 'batch_output', 'filename',
       'batch_' .. id .. '_' .. part .. '.jsonl', 'bytes', bytes, 'created_at', stamp(at), 'expires_at', stamp(at + kept))
     redis.call('EXPIRE', prefix .. 'file:' .. name, kept)
-    redis.call('ZADD', prefix .. 'tenant:' .. b[4] .. ':files', stamp(at), name)
+    for _, list in ipairs({':files', ':files:batch_output'}) do
+      redis.call('ZADD', prefix .. 'tenant:' .. b[4] .. list, stamp(at), name)
+    end
   end
 end
 redis.call('HSET', key, 'finalized_at', stamp(at))

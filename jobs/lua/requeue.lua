@@ -51,7 +51,7 @@ if again > 0 then
     for _, part in ipairs({'requests', 'states', 'done', 'strays', 'openai'}) do redis.call('PERSIST', of(batch, part)) end
     redis.call('HDEL', prefix .. 'retiring', batch)
     redis.call('HDEL', of(batch, 'openai'), 'finalized_at')
-    redis.call('ZREM', prefix .. 'openai:due', batch)
+    set_due(batch, nil)
     for _, part in ipairs({'output', 'error'}) do
       redis.call('DEL', prefix .. 'file:file-' .. batch .. '-' .. part)
     end

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api import batch_routes, bodies, groups, waiters
+from api import bodies, groups, streams, uploads, waiters
 from api.auth import ANYBODY
 from api.core import Core
 from api.job_routes import _waited
@@ -333,10 +333,12 @@ def test_an_upload_that_hangs_does_not_keep_it(stand: ApiStand) -> None:
 
 @in_loop
 async def test_a_tenant_has_so_much_open_at_once(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_routes, "TENANT_STREAMS", 1)
-    monkeypatch.setattr(batch_routes, "TENANT_UPLOADS", 1)
+    monkeypatch.setattr(streams, "TENANT_STREAMS", 1)
+    monkeypatch.setattr(uploads, "TENANT_UPLOADS", 1)
+    monkeypatch.setattr(uploads, "TURN_S", 0.05)
     monkeypatch.setattr(bodies, "TENANT_LARGE", 1)
     large = json.dumps({"request": ask(user="x" * bodies.LARGE_BYTES)}).encode()
+    many = json.dumps({"requests": [ask(user="x" * bodies.LARGE_BYTES)]}).encode()
     async with core_standing(store_url) as (core, http):
         batch = (await http.post("/v1/job-batches", json={"requests": [line()]})).json()["id"]
         await http.post(f"/v1/job-batches/{batch}/cancel")
@@ -345,13 +347,15 @@ async def test_a_tenant_has_so_much_open_at_once(store_url: str, monkeypatch: py
             return [
                 (await http.get(f"/v1/job-batches/{batch}/results")).status_code,
                 (await http.get(f"/v1/job-batches/{batch}/events")).status_code,
-                (await http.post("/v1/job-batches", json={"requests": [line()]})).status_code,
+                (await http.post("/v1/job-batches", content=many)).status_code,
                 (await http.post("/v1/jobs", content=large)).status_code,
             ]
 
-        with core.turn("", "streams", 1), core.turn("", "uploads", 1), core.turn("", "large bodies", 1):
+        turns = core.turns
+        with turns.now("", "streams", 1), turns.now("", "uploads", 1), turns.now("", "large bodies", 1):
             assert await tries() == [429] * 4
             assert (await http.post("/v1/jobs", json={"request": ask()})).status_code == 202
+            assert (await http.post("/v1/job-batches", json={"requests": [line()]})).status_code == 202
         assert await tries() == [200, 200, 202, 202]
         assert not core.turns
 

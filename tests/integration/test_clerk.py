@@ -17,8 +17,11 @@ import pytest
 from api import clerk
 from api.clerk import AT_ONCE, OF_ONE
 from api.input_lines import InputLines
+from api.output_rows import openai_block
+from api.threads import StoreThreads
 from jobs import files, keys, leases, openai_batches, tokens
 from jobs.connections import connect
+from jobs.errors import StoreUnavailable
 from jobs.openai_batches import Due
 from jobs.requests import CHAT
 from jobs.room import MARGIN
@@ -68,7 +71,21 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clerk, "AGAIN_S", 0.1)
     take, renew = openai_batches.take, openai_batches.renew
     monkeypatch.setattr(openai_batches, "take", lambda client, **more: take(client, 0.5, **more))
-    monkeypatch.setattr(openai_batches, "renew", lambda client, batch_id, lease_s=0.5: renew(client, batch_id, lease_s))
+    monkeypatch.setattr(openai_batches, "renew", lambda client, batch_id, seconds=0.5: renew(client, batch_id, seconds))
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a process that ends has told all that it works on so, and waits for its threads."""
+    told = threading.Event()
+    close = StoreThreads.close
+
+    def closing(threads: StoreThreads) -> None:
+        told.set()
+        close(threads)
+
+    monkeypatch.setattr(StoreThreads, "close", closing)
+    return told
 
 
 @pytest.fixture
@@ -132,8 +149,10 @@ async def rows(http: httpx.AsyncClient, file_id: str) -> list[dict[str, Any]]:
 
 
 def due(client: Any) -> Mapping[str, float]:
-    """What is due, and when."""
-    return {raw.decode(): at for raw, at in client.zrange(keys.OPENAI_DUE, 0, -1, withscores=True)}
+    """What is due of all tenants, and when."""
+    tenants = [raw.decode() for raw in client.zrange(keys.OPENAI_DUE, 0, -1)]
+    found = [client.zrange(keys.tenant_due(tenant), 0, -1, withscores=True) for tenant in tenants]
+    return {raw.decode(): at for some in found for raw, at in some}
 
 
 def events(client: Any, batch: str) -> list[str]:
@@ -148,7 +167,7 @@ def events(client: Any, batch: str) -> list[str]:
 # -- changed while it is validated
 
 
-def test_cancelled_while_its_validation_goes_on(still: Standstill, store_url: str, tmp_path: Path) -> None:
+def test_cancelled_while_its_validation_goes_on(still: Standstill, store_url: str, client: Any, tmp_path: Path) -> None:
     async def main(http: httpx.AsyncClient) -> None:
         batch = await new(http, lines(line(), line()))
         await until(lambda: still.begun == 1)
@@ -158,13 +177,21 @@ def test_cancelled_while_its_validation_goes_on(still: Standstill, store_url: st
         assert (await act(http, batch, "cancel"))["cancelling_at"] == cancelling["cancelling_at"]
         still.go.set()
         cancelled = await become(http, batch, *ENDED)
-        assert (cancelled["status"], cancelled["request_counts"]) == (
-            "cancelled",
-            {"total": 2, "completed": 0, "failed": 2},
-        )
-        assert {row["error"]["code"] for row in await rows(http, cancelled["error_file_id"])} == {"batch_cancelled"}
+        assert cancelled["status"] == "cancelled"
+        never_was(client, cancelled)
 
     standing(store_url, tmp_path, main)
+
+
+def never_was(client: Any, batch: dict[str, Any]) -> None:
+    """It has ended without ever having been a batch: nothing was called for it, and nothing is left to do."""
+    assert batch["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
+    assert batch["cancelled_at"] >= batch["cancelling_at"]
+    assert [batch[name] for name in ("in_progress_at", "output_file_id", "error_file_id", "errors")] == [None] * 4
+    assert due(client) == {}
+    assert 0 < client.ttl(keys.openai(batch["id"][6:])) <= 30 * 86_400
+    assert not client.exists(keys.batch(batch["id"][6:]))
+    assert not client.keys("mimoq:staged:*")
 
 
 @pytest.mark.usefixtures("brisk")
@@ -175,18 +202,12 @@ def test_a_long_validation_stops_once_nobody_wants_it(
         batch = await new(http, lines(*(line(metadata={"filler": "x" * 2_000}) for _ in range(1_000))))
         await until(lambda: still.begun == 1)
         await act(http, batch, "cancel")
-        key = keys.openai(batch.removeprefix("batch_"))
         before = due(client)
         await until(lambda: due(client) != before)  # whoever validates it has seen it by now
         still.go.set()
         cancelled = await become(http, batch, *ENDED)
-        assert (cancelled["status"], cancelled["request_counts"]["total"]) == ("cancelled", 0)
-        assert cancelled["cancelled_at"] >= cancelled["cancelling_at"]
-        assert (cancelled["in_progress_at"], cancelled["error_file_id"], cancelled["errors"]) == (None, None, None)
-        assert due(client) == {}
-        assert 0 < client.ttl(key) <= 30 * 86_400
-        assert not client.exists(keys.batch(batch.removeprefix("batch_")))
-        assert not client.keys("mimoq:staged:*")
+        assert cancelled["status"] == "cancelled"
+        never_was(client, cancelled)
 
     standing(store_url, tmp_path, main)
 
@@ -278,7 +299,9 @@ def test_an_input_on_another_machines_disk_waits_for_who_has_it(store_url: str, 
             before = due(client)
             await until(lambda: due(client) != before)  # noqa: B023  waited for at once
         assert (await look(http, batch))["status"] == "validating"
-        tmp_path.joinpath(file).write_bytes(lines(line()))
+        # Whole at once, as a file that was uploaded comes: of half of it something would be wrong.
+        tmp_path.joinpath("coming").write_bytes(lines(line()))
+        tmp_path.joinpath("coming").rename(tmp_path / file)
         await become(http, batch, "in_progress")
 
     standing(store_url, tmp_path, main)
@@ -367,26 +390,98 @@ def test_a_slow_validation_stays_with_who_does_it(
     standing(store_url, tmp_path, main)
 
 
-@pytest.mark.usefixtures("brisk")
-def test_what_a_stopped_process_was_at_is_done_by_another(
-    still: Standstill, store_url: str, client: Any, tmp_path: Path
+def test_what_a_stopped_process_validates_is_done_by_another_at_once(
+    still: Standstill, stopping: threading.Event, store_url: str, client: Any, tmp_path: Path
 ) -> None:
+    still.go = stopping
+
     async def first() -> str:
         async with core_standing(store_url, files_dir=tmp_path) as (_, http):
             # Longer than what is read at once: its reading can be stopped.
             batch = await new(http, lines(*(line(metadata={"filler": "x" * 2_000}) for _ in range(1_000))))
             await until(lambda: still.begun == 1)
-            threading.Timer(0.1, still.go.set).start()
+            assert due(client)[batch[6:]] > redis_time(client)
         return batch
 
     batch = asyncio.run(first())
     assert not client.exists(keys.batch(batch[6:]))
     assert list(due(client)) == [batch[6:]]
+    assert due(client)[batch[6:]] <= redis_time(client)
     assert not client.keys("mimoq:staged:*")
 
     async def main(http: httpx.AsyncClient) -> None:
         found = await become(http, batch, "in_progress")
         assert found["request_counts"]["total"] == 1_000
+
+    standing(store_url, tmp_path, main)
+
+
+def test_what_a_stopped_process_measures_is_done_by_another_at_once(
+    monkeypatch: pytest.MonkeyPatch, stopping: threading.Event, store_url: str, client: Any, tmp_path: Path
+) -> None:
+    measured: list[list[int]] = []
+    hooks = {"webhook_allow_http": True, "webhook_allow_private": True}
+
+    def block(store: Any, status: Any, indexes: Any) -> bytes:
+        measured.append(list(indexes))
+        assert stopping.wait(30)
+        return openai_block(store, status, indexes)
+
+    monkeypatch.setattr(clerk, "openai_block", block)
+
+    async def first() -> str:
+        async with core_standing(store_url, files_dir=tmp_path, **hooks) as (_, http):
+            batch = await new(http, lines(line(), line()), callback_url="http://127.0.0.1:9/nobody")
+            await become(http, batch, "in_progress")
+            played = Played(store_url, batch)
+            await asyncio.to_thread(played.end, "s", 0)
+            await asyncio.to_thread(played.end, "f", 1)
+            await until(lambda: measured)
+            assert due(client)[batch[6:]] > redis_time(client)
+        return batch
+
+    batch = asyncio.run(first())
+    assert measured == [[0]]  # its errors are not measured any more
+    assert due(client)[batch[6:]] <= redis_time(client)
+    assert not client.hexists(keys.openai(batch[6:]), "finalized_at")
+    assert not client.keys(keys.file("*-output"))
+    assert events(client, batch) == []
+
+    async def main(http: httpx.AsyncClient) -> None:
+        found = await become(http, batch, *ENDED)
+        assert found["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+        assert len(await rows(http, found["output_file_id"])) == len(await rows(http, found["error_file_id"])) == 1
+        assert events(client, batch) == ["batch.completed"]
+
+    standing(store_url, tmp_path, main, **hooks)
+
+
+@pytest.mark.usefixtures("brisk")
+@pytest.mark.parametrize("over", [False, True])
+def test_the_model_is_known_also_of_one_that_was_never_told_made(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, client: Any, tmp_path: Path, over: bool
+) -> None:
+    made, take = openai_batches.made, openai_batches.take
+    lost = threading.Event()
+
+    def lose(*_: Any) -> None:
+        monkeypatch.setattr(openai_batches, "take", lambda *_, **__: None)
+        lost.set()
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(openai_batches, "made", lose)
+
+    async def main(http: httpx.AsyncClient) -> None:
+        batch = await new(http, lines(line(), line()))
+        await until(lost.is_set)
+        assert (await look(http, batch))["model"] is None
+        if over:
+            await asyncio.to_thread(Played(store_url, batch).end, "s", 0, 1)
+        monkeypatch.setattr(openai_batches, "made", made)
+        monkeypatch.setattr(openai_batches, "take", take)
+        await until(lambda: due(client) == {})
+        found = await look(http, batch)
+        assert (found["status"], found["model"]) == ("completed" if over else "in_progress", "m")
 
     standing(store_url, tmp_path, main)
 
@@ -497,7 +592,7 @@ def test_processes_that_die_double_nothing(stand: ApiStand) -> None:
     # Their leases end.
     assert set(due(stand.redis)) == {victims[how][6:] for how in ("measured", "reading", "made")}
     for batch in due(stand.redis):
-        openai_batches.put_off(stand.redis, batch, -1.0)
+        openai_batches.renew(stand.redis, batch, -1.0)
     healthy = stand.api(**told)
     http = stand.http(token, healthy)
     paid = stand.simulator.ledger()["paid"]
@@ -507,7 +602,7 @@ def test_processes_that_die_double_nothing(stand: ApiStand) -> None:
         assert {row["custom_id"] for row in content(http, found["output_file_id"])} == {
             item["custom_id"] for item in items[how]
         }
-        assert events(stand.redis, batch) == ["batch.completed"], how
+        assert (found["model"], events(stand.redis, batch)) == ("m", ["batch.completed"]), how
     paid = stand.simulator.ledger()["paid"]
     assert [paid[digest(item["body"])] for how in DEATHS for item in items[how]] == [1] * 360
     assert stand.simulator.totals()["paid_again"] == 0

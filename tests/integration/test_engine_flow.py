@@ -226,6 +226,40 @@ async def test_the_first_job_of_a_new_batch_is_called_next(store_url: str, monke
 
 
 @in_loop
+async def test_one_new_batch_is_led_at_a_time(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another waits for as long as the first job of one waits for its call, whatever else is called meanwhile."""
+    monkeypatch.setattr(worker.intake, "LEAD_S", 0.0)
+    async with standing(store_url, FakeUpstream()) as stand:
+        intake, lines = stand.engine.intake, stand.engine.lines
+        reserve, go = lines.limiter.reserve, asyncio.Event()
+
+        async def slow(*args: Any) -> Any:
+            await go.wait()
+            return await reserve(*args)
+
+        monkeypatch.setattr(lines.limiter, "reserve", slow)
+        for _ in range(3):
+            stand.submit(2)
+        assert intake._may_lead("bulk")
+        await intake._lead("bulk")
+        assert not intake._may_lead("bulk")  # nothing else has been called
+        await until(lambda: lines.asking == 1, "the first is asked for")
+        intake.started(1)
+        assert not intake._may_lead("bulk")
+        intake.started(1)
+        assert intake._may_lead("bulk")
+        await intake._lead("bulk")
+        intake.started(2)  # of other models
+        assert lines.ahead("bulk") == 1
+        assert not intake._may_lead("bulk")
+        assert intake._may_lead("interactive")
+        go.set()
+        await until(lambda: len(stand.upstream.asked) == 2, "both that were claimed")
+        assert intake._may_lead("bulk")
+        assert len(stand.engine.holding) <= 2
+
+
+@in_loop
 async def test_what_comes_first_stays_first_while_the_limiter_is_asked(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

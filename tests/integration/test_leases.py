@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 import hypothesis.strategies as st
@@ -75,7 +76,7 @@ class Life(RuleBasedStateMachine):
             self.runner.close()
             self.client.close()
 
-    # -- what may happen
+    # -- what may happen; whether there is anything for it may depend on the clock, and is not for hypothesis to see
 
     @rule(
         lane=st.sampled_from(LANES),
@@ -125,7 +126,6 @@ class Life(RuleBasedStateMachine):
         self.jobs += found
         self.clock = redis_time(self.client) + SHORT_S
 
-    @precondition(lambda self: any(model.suspects for model in self.batches.values()))
     @rule(lane=st.sampled_from(LANES), short=st.booleans())
     def claim_quarantined(self, lane: tuple[str, str], short: bool) -> None:
         found = self.runner.run(
@@ -142,17 +142,19 @@ class Life(RuleBasedStateMachine):
         self.jobs += found
         self.clock = redis_time(self.client) + SHORT_S
 
-    @precondition(lambda self: self.jobs)
     @rule(places=st.lists(PLACES, min_size=1, max_size=5, unique=True), letter=st.sampled_from("ssf"))
     def finish(self, places: list[int], letter: str) -> None:
         """Ends of jobs, by their holders or by holders of long ago."""
+        if not self.jobs:
+            return
         chosen = {id(job): job for job in (_recent(self.jobs, place) for place in places)}
         self._finish([ending(job, letter, note=str(len(self.ends))) for job in chosen.values()])
 
-    @precondition(lambda self: self.ends)
     @rule(place=PLACES)
     def finish_again(self, place: int) -> None:
         """An end that was sent before, byte for byte."""
+        if not self.ends:
+            return
         self._finish([_recent(self.ends, place)])
 
     @precondition(lambda self: self.batches)
@@ -173,17 +175,19 @@ class Life(RuleBasedStateMachine):
             assert self.runner.run(leases.finish(self.aclient, batch_id, block)) == expected
             self.batches[batch_id].look()
 
-    @precondition(lambda self: self.jobs)
     @rule(place=PLACES, delay=st.sampled_from([0.0, 0.0, SHORT_S, NEVER_S]))
     def give_back(self, place: int, delay: float) -> None:
+        if not self.jobs:
+            return
         job = _recent(self.jobs, place)
         expected = self.batches[job.batch_id].give_back(job.index, job.token, delay > 0, calls=1)
         backs = [Back(job, delay, b"[]", 1, USAGE)]
         assert self.runner.run(leases.give_back(self.aclient, job.batch_id, backs)) == expected
 
-    @precondition(lambda self: self.jobs)
     @rule(place=PLACES)
     def renew(self, place: int) -> None:
+        if not self.jobs:
+            return
         token = _recent(self.jobs, place).token
         live = [model for model in self.batches.values() if token in model.tokens]
         for model in live:
@@ -212,7 +216,6 @@ class Life(RuleBasedStateMachine):
                 model.close("x")
                 model.deadline = False
 
-    @precondition(lambda self: any(model.closing for model in self.batches.values()))
     @rule(most=st.integers(1, 20))
     def sweep(self, most: int) -> None:
         for batch_id, model in self.batches.items():
@@ -334,23 +337,93 @@ def test_an_answer_from_a_former_holder_frees_the_present_one(store: Store, stor
     assert found[:3] == ({second.token}, set(), set())
 
 
-def test_a_new_batch_is_next_and_may_be_led_by_its_first_job_alone(store: Store, store_url: str) -> None:
-    def claim(wanted: int, leads: bool = False) -> list[Job]:
-        jobs: list[Job] = run(lambda client: leases.claim(client, "w", "bulk", [""], wanted, leads=leads), store_url)
-        return jobs
+def lead(url: str) -> list[tuple[str, int]]:
+    """Batch and index of the first job of a new batch, if one is next."""
+    jobs: list[Job] = run(lambda client: leases.claim(client, "w", "bulk", [""], 1, leads=True), url)
+    assert all(job.leads for job in jobs)
+    return [(job.batch_id, job.index) for job in jobs]
 
-    old = store.submit(requests(20), NewBatch(slice_size=5))[0]
-    assert {job.batch_id for job in claim(5)} == {old}
-    assert claim(9, leads=True) == []
-    single = store.submit(requests(1), NewBatch(slice_size=5))[0]
-    assert claim(9, leads=True) == []
-    assert [(job.batch_id, job.leads) for job in claim(1)] == [(single, False)]
-    new = store.submit(requests(7), NewBatch(slice_size=5))[0]
-    assert [(job.batch_id, job.index, job.leads) for job in claim(1, leads=True)] == [(new, 0, True)]
-    assert claim(1, leads=True) == []
-    later = claim(6)
+
+def begun(store: Store, url: str, jobs: int = 100) -> str:
+    """A batch of which some was handed out."""
+    old = store.submit(requests(jobs), NewBatch(slice_size=5)).batch_id
+    assert {job.batch_id for job in claim(url, 5)} == {old}
+    return old
+
+
+def scores(store: Store) -> dict[str, float]:
+    """Where batches stand in the lane."""
+    return {raw.decode(): at for raw, at in store.client.zrange(keys.lane("bulk", ""), 0, -1, withscores=True)}
+
+
+def test_a_new_batch_is_next_and_may_be_led_by_its_first_job_alone(store: Store, store_url: str) -> None:
+    old = begun(store, store_url)
+    assert lead(store_url) == []
+    new = store.submit(requests(7), NewBatch(slice_size=5)).batch_id
+    assert lead(store_url) == [(new, 0)]
+    assert lead(store_url) == []
+    later = claim(store_url, 11)
     assert {job.batch_id for job in later} == {old, new}
     assert not any(job.leads for job in later)
+
+
+def test_new_batches_are_each_led_by_their_first_job(store: Store, store_url: str) -> None:
+    """However many were made before anybody looked."""
+    begun(store, store_url)
+    made = [store.submit(requests(7), NewBatch(slice_size=5)).batch_id for _ in range(10)]
+    assert len({scores(store)[batch] for batch in made}) == 1
+    led = [one for _ in range(11) for one in lead(store_url)]
+    assert sorted(led) == sorted((batch, 0) for batch in made)
+    # And one that comes then.
+    new = store.submit(requests(2), NewBatch(slice_size=5)).batch_id
+    assert (lead(store_url), lead(store_url)) == ([(new, 0)], [])
+
+
+def test_new_batches_take_turns_with_an_old_one(store: Store, store_url: str) -> None:
+    old = begun(store, store_url, 500)
+    made = [store.submit(requests(100), NewBatch(slice_size=5)).batch_id for _ in range(20)]
+    claims = [claim(store_url, 5) for _ in range(6 * len(made))]
+    # The first job of each comes with what others have, one in a claim, in the order of their making.
+    led = [job.batch_id for jobs in claims for job in jobs if job.leads]
+    assert sorted(led) == sorted(made)
+    assert all(sum(job.leads for job in jobs) <= 2 for jobs in claims[: len(made)])
+    turns = [place for place, jobs in enumerate(claims) if any(job.batch_id == old for job in jobs)]
+    assert len(turns) >= 5
+    assert all(second - first <= 2 * len(made) for first, second in pairwise([-1, *turns]))
+
+
+def test_new_batches_that_come_one_after_the_other_keep_no_old_one_waiting(store: Store, store_url: str) -> None:
+    """Each is led when it comes, and has a turn as the others have."""
+    old = begun(store, store_url, 500)
+    slices = []
+    for _ in range(20):
+        store.submit(requests(100), NewBatch(slice_size=5))
+        assert len(lead(store_url)) == 1
+        slices += [job.batch_id for job in claim(store_url, 2)]
+    assert slices.count(old) >= 1
+
+
+def test_a_batch_of_one_does_not_lead(store: Store, store_url: str) -> None:
+    old = begun(store, store_url)
+    singles = []
+    for _ in range(10):
+        singles.append(store.submit(requests(1), NewBatch(slice_size=5)).batch_id)
+        assert lead(store_url) == []
+    assert {scores(store)[single] for single in singles} == {scores(store)[old]}
+    assert {job.batch_id for job in claim(store_url, 15)} == {old, *singles}
+
+
+def test_singles_keep_their_order(store: Store, store_url: str) -> None:
+    """Those that came later are never before those that came earlier, whatever was handed out in between."""
+    begun(store, store_url, 500)
+    joined = []
+    for place in range(30):
+        single = store.submit(requests(1), NewBatch(slice_size=5)).batch_id
+        joined.append(scores(store)[single])
+        if place % 7 == 6:
+            claim(store_url, 12)
+    assert joined == sorted(joined)
+    assert joined[0] < joined[-1]
 
 
 def test_retries_of_different_times_all_come(store: Store, store_url: str) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import redis
 
+from api.retries import Made
+from jobs import keys
+from jobs.connections import connect
 from jobs.requests import CHAT
-from jobs.submission import made_digest
-from tests.integration.api_stand import ask, ask_message, core_standing
+from jobs.submission import heard, made_digest
+from tests.integration.api_stand import ApiStand, api_stand, ask, ask_message, core_standing
 from tests.integration.engine_stand import in_loop
+from tests.waiting import wait_for
 
 AGAIN = {"x-stainless-retry-count": "1"}
 FIRST = {"x-stainless-retry-count": "0"}
+#: Milliseconds that what was made a quarter of an hour ago, but for a second, is found for.
+OLD_MS = 1_000
 
 
 def of_openai(**more: Any) -> dict[str, Any]:
@@ -26,49 +37,143 @@ def of_anthropic() -> dict[str, Any]:
     return {"requests": [{"custom_id": "a", "params": ask_message()}, {"custom_id": "b", "params": ask_message()}]}
 
 
-@pytest.mark.parametrize(("path", "make"), [("/v1/batches", of_openai), ("/v1/messages/batches", of_anthropic)])
-def test_a_call_made_again_finds_what_it_made(store_url: str, tmp_path: Path, path: str, make: Any) -> None:
+BOTH = pytest.mark.parametrize(("path", "make"), [("/v1/batches", of_openai), ("/v1/messages/batches", of_anthropic)])
+
+
+@pytest.fixture
+def client(store_url: str) -> Iterator[Any]:
+    found: redis.Redis = connect(store_url)
+    yield found
+    found.close()
+
+
+def age(client: Any) -> list[str]:
+    """Lets whatever is found by a call made again be older than an answer takes; returns the names of it."""
+    names = [raw.decode() for raw in client.scan_iter(keys.made("*"))]
+    for name in names:
+        client.pexpire(name, OLD_MS * 600)
+    return names
+
+
+@pytest.fixture
+def unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of which nobody knows whether they were heard."""
+    monkeypatch.setattr(Made, "__call__", super(Made, Made).__call__)
+
+
+@BOTH
+def test_a_call_made_again_finds_what_it_made(
+    store_url: str, tmp_path: Path, client: Any, unheard: None, path: str, make: Any
+) -> None:
     @in_loop
     async def tell() -> None:
-        async with core_standing(store_url, data_dir=tmp_path) as (_, client):
+        async with core_standing(store_url, data_dir=tmp_path) as (_, http):
             body = make()
 
             async def made(headers: dict[str, str], body: Any = body) -> str:
-                answered = await client.post(path, json=body, headers=headers)
-                assert answered.status_code == 200, answered.text
+                answered = await http.post(path, json=body, headers=headers)
+                assert answered.is_success, answered.text
                 return str(answered.json()["id"])
 
             first = await made(FIRST)
-            assert await made(AGAIN) == first
+            # So soon after it was made its maker may hear of it yet.
+            assert (another := await made(AGAIN)) != first
+            age(client)
+            assert await made(AGAIN) == another
             # Calls alike may be meant; it is the last one that is made again.
             second = await made(FIRST)
-            assert second != first
+            assert second not in {first, another}
+            age(client)
             assert await made(AGAIN) == second
-            # One that never arrived is made by its retry.
-            assert await made(AGAIN, make()) not in {first, second}
+            # One that never arrived is made by its retry; so is one that was stopped.
+            assert await made(AGAIN, make()) not in {first, another, second}
+            await http.post(f"{path}/{second}/cancel")
+            assert (third := await made(AGAIN)) not in {first, another, second}
             # A key says it better.
-            third = await made({**AGAIN, "Idempotency-Key": "k"})
-            assert third not in {first, second}
-            assert await made({"Idempotency-Key": "k"}) == third
-            found = (await client.get(path)).json()["data"]
-            assert len(found) == 4
+            age(client)
+            fourth = await made({**AGAIN, "Idempotency-Key": "k"})
+            assert fourth not in {first, another, second, third}
+            assert await made({"Idempotency-Key": "k"}) == fourth
+            assert len((await http.get(path)).json()["data"]) == 6
+
+    tell()
+
+
+@BOTH
+def test_what_was_heard_is_found_by_no_other_call(
+    store_url: str, tmp_path: Path, client: Any, path: str, make: Any
+) -> None:
+    @in_loop
+    async def tell() -> None:
+        async with core_standing(store_url, data_dir=tmp_path) as (_, http):
+            body = make()
+            first = (await http.post(path, json=body)).json()["id"]
+            assert age(client) == []
+            # Its retry count says that this one's first try was refused, not that it has made anything.
+            assert (await http.post(path, json=body, headers=AGAIN)).json()["id"] != first
+
+    tell()
+
+
+@BOTH
+def test_ten_alike_at_once_are_ten_though_some_were_refused_before(
+    store_url: str, tmp_path: Path, path: str, make: Any
+) -> None:
+    @in_loop
+    async def tell() -> None:
+        async with core_standing(store_url, data_dir=tmp_path) as (_, http):
+            body = make()
+            calls = (http.post(path, json=body, headers=AGAIN if number % 2 else FIRST) for number in range(10))
+            assert len({answered.json()["id"] for answered in await asyncio.gather(*calls)}) == 10
 
     tell()
 
 
 @in_loop
-async def test_another_window_is_another_batch(store_url: str, tmp_path: Path) -> None:
-    async with core_standing(store_url, data_dir=tmp_path) as (_, client):
+async def test_another_window_is_another_batch(store_url: str, tmp_path: Path, unheard: None) -> None:
+    async with core_standing(store_url, data_dir=tmp_path) as (_, http):
+        client = connect(store_url)
         body = of_openai()
-        first = (await client.post("/v1/batches", json=body)).json()["id"]
-        other = await client.post("/v1/batches", json={**body, "completion_window": "1h"}, headers=AGAIN)
+        first = (await http.post("/v1/batches", json=body)).json()["id"]
+        age(client)
+        other = await http.post("/v1/batches", json={**body, "completion_window": "1h"}, headers=AGAIN)
         assert other.json()["id"] != first
-        files = (await client.get("/v1/files")).json()["data"]
+        files = (await http.get("/v1/files")).json()["data"]
         assert len(files) == 2
-        await client.post("/v1/batches", json=body, headers=AGAIN)
-        assert (await client.get("/v1/files")).json()["data"] == files
+        assert (await http.post("/v1/batches", json=body, headers=AGAIN)).json()["id"] == first
+        assert (await http.get("/v1/files")).json()["data"] == files
+        client.close()
 
 
-def test_tenants_have_digests_of_their_own() -> None:
+def test_tenants_have_digests_of_their_own(client: Any) -> None:
     assert made_digest("", "x") == ""
     assert len({made_digest("openai\na", "x"), made_digest("openai\nb", "x"), made_digest("openai\na", "y")}) == 3
+    heard(client, "0" * 24)  # of nothing
+
+
+#: Dies as soon as a batch has been made, before anybody is told.
+DIES = """
+import api.retries, os, signal, sys
+api.retries.Made.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@BOTH
+def test_the_retry_of_a_call_whose_process_died_makes_nothing_new(tmp_path: Path, path: str, make: Any) -> None:
+    with api_stand(tmp_path) as stand:
+        token, body = stand.token(), make()
+        dying = stand.api(DIES)
+        with pytest.raises(httpx.RemoteProtocolError):
+            stand.http(token, dying).post(path, json=body)
+        assert dying.process.wait(30) == -signal.SIGKILL
+        wait_for(lambda: old(stand), what="a batch that was made long enough ago")
+        http = stand.http(token, stand.api())
+        (made,) = http.get(path).json()["data"]
+        assert http.post(path, json=body, headers=AGAIN).json()["id"] == made["id"]
+        assert len(http.get(path).json()["data"]) == 1
+
+
+def old(stand: ApiStand) -> bool:
+    """Whether what was made is older than an answer takes."""
+    (name,) = stand.redis.scan_iter(keys.made("*"))
+    return int(stand.redis.pttl(name)) < 900_000 - 250

@@ -518,7 +518,7 @@ def test_a_page_that_can_not_be(stand: ApiStand, http: httpx.Client) -> None:
     native = http.post("/v1/job-batches", json={"requests": [line()]}).json()["id"]
     for query in ("limit=0", "limit=1001", "limit=-1", "limit=x", "limit=1.5", f"after_id={'x' * 201}"):
         assert query.partition("=")[0] in invalid(http.get(f"{BATCHES}?{query}")), query
-    for cursor in (other, native, f"msgbatch_{native}", inside(batch), f"msgbatch_{'0' * 24}", "x", "", "é"):
+    for cursor in (other, native, f"msgbatch_{native}", inside(batch), f"msgbatch_{'0' * 24}", "x", "é"):
         for name in ("after_id", "before_id"):
             told = invalid(http.get(BATCHES, params={name: cursor}))
             assert told == f"{name}: is no message batch of yours", cursor

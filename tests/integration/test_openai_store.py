@@ -12,12 +12,13 @@ import pytest
 from jobs import files, keys, leases, openai_batches
 from jobs.connections import connect
 from jobs.cursors import Asked
-from jobs.errors import Conflict, NotFound
+from jobs.errors import Conflict, NotFound, Unwanted
 from jobs.leases import Job
 from jobs.openai_batches import Due, NewOpenAIBatch, OpenAIBatch
 from jobs.requests import CHAT
 from jobs.scripts import Script
 from jobs.store import NewBatch, Store
+from jobs.submission import heard
 from tests.integration.store_model import USAGE, ending, redis_time, requests, run, wait_until
 
 TENANT = "t"
@@ -32,10 +33,10 @@ def store(store_url: str) -> Iterator[Store]:
         yield Store(client)
 
 
-def new(number: int = 0, **more: Any) -> NewOpenAIBatch:
+def new(number: int = 0, tenant: str = TENANT, **more: Any) -> NewOpenAIBatch:
     """One of its own, with a window of an hour."""
     told = {"input_file_id": files.new_id(), "window": "1h", "window_s": 3_600.0, "content": f"content {number}"}
-    return NewOpenAIBatch(f"{number:024x}", TENANT, CHAT, **{**told, **more})
+    return NewOpenAIBatch(f"{number:024x}", tenant, CHAT, **{**told, **more})
 
 
 def created(store: Store, number: int = 0, **more: Any) -> str:
@@ -48,18 +49,14 @@ def created(store: Store, number: int = 0, **more: Any) -> str:
 def made(store: Store, batch: str, jobs: int = 2, ttl_s: int = 1_000, **more: Any) -> None:
     """It becomes a batch of so many jobs, as the clerk makes it."""
     found = get(store, batch)
-    told = {
-        "batch_id": batch,
-        "tenant": TENANT,
-        "protocol": "openai",
-        "ttl_s": ttl_s,
-        "identity": found.identity,
-        "content": found.content,
-        "callback": found.callback,
-        **more,
-    }
-    submitted = store.submit(requests(jobs), NewBatch(**told))
+    told = {"identity": found.identity, "content": found.content, "callback": found.callback, "ttl_s": ttl_s, **more}
+    submitted = store.submit(requests(jobs), to_be(batch, **told))
     assert (submitted.batch_id, submitted.created) == (batch, True)
+
+
+def to_be(batch: str, **more: Any) -> NewBatch:
+    """The batch that it is to become."""
+    return NewBatch(batch_id=batch, tenant=TENANT, protocol="openai", **more)
 
 
 def get(store: Store, batch: str) -> OpenAIBatch:
@@ -76,15 +73,22 @@ def end(store: Store, url: str, letters: str) -> list[Job]:
     return jobs
 
 
-def due(store: Store) -> dict[str, float]:
-    """What is due, and when."""
-    return {raw.decode(): at for raw, at in store.client.zrange(keys.OPENAI_DUE, 0, -1, withscores=True)}
+def due(store: Store, tenant: str = TENANT) -> dict[str, float]:
+    """What is due of a tenant's, and when. For as long as there is something the tenant is in line, not before its time."""
+    found = store.client.zrange(keys.tenant_due(tenant), 0, -1, withscores=True)
+    turn = store.client.zscore(keys.OPENAI_DUE, tenant)
+    if found:
+        first = found[0][1]
+        assert first <= turn <= max(first, redis_time(store.client))
+    else:
+        assert turn is None
+    return {raw.decode(): at for raw, at in found}
 
 
 def taken(store: Store) -> Due | None:
     """Something that is due, however long it is leased."""
     for batch in due(store):
-        store.client.zadd(keys.OPENAI_DUE, {batch: 1.0})
+        openai_batches.renew(store.client, batch, 0.0)
     return openai_batches.take(store.client)
 
 
@@ -123,7 +127,7 @@ def test_what_is_written_is_read(store: Store) -> None:
         assert getattr(found, name) == getattr(asked, name), name
     for name in ("lenient", "model", "lane", "identity", "content"):
         assert getattr(found, name) == getattr(asked, name), name
-    assert (found.status, found.made, found.errors_json) == ("validating", None, b"")
+    assert (found.status, found.made, found.errors_bytes, found.output_from) == ("validating", None, 0, 0)
     assert (found.failed_at, found.cancelled_at, found.cancelling_at, found.finalized_at) == (None,) * 4
     plain = get(store, created(store, 1))
     assert (plain.lenient, plain.lane, plain.model, plain.metadata, plain.callback) == (False, "bulk", "", "", "")
@@ -151,6 +155,17 @@ def test_an_identity_stands_for_one_batch(store: Store) -> None:
     assert store.client.zcard(keys.tenant_protocol(TENANT, "openai")) == 2
 
 
+def test_what_of_its_output_was_deleted_is_told_by_how_many_had_ended(store: Store, store_url: str) -> None:
+    batch = created(store)
+    made(store, batch, 3)
+    assert get(store, batch).output_from == 0
+    end(store, store_url, "sfs")
+    openai_batches.output_deleted(store.client, batch)
+    assert get(store, batch).output_from == 3
+    openai_batches.output_deleted(store.client, "f" * 24)
+    assert not store.client.exists(keys.openai("f" * 24))
+
+
 def test_others_see_nothing_of_it(store: Store) -> None:
     batch = created(store)
     with pytest.raises(NotFound):
@@ -175,6 +190,89 @@ def test_pages_show_all_states(store: Store, store_url: str) -> None:
     assert ([(batch.batch_id, batch.status) for batch in rest], more) == ([(validating, "validating")], False)
 
 
+# -- made again by an SDK that did not hear of it
+
+
+def unheard(store: Store, *batches: str) -> None:
+    """Time goes by in which an answer should have come."""
+    for name in store.client.keys(keys.made("*")):
+        if store.client.get(name).decode() in batches:
+            store.client.pexpire(name, 900_000 - 251)
+
+
+def again(store: Store, number: int) -> str:
+    """The id that the call with the content "c", made again, is told."""
+    return openai_batches.create(store.client, new(number, content="c", again=True))[0]
+
+
+def test_a_retry_joins_what_nobody_has_heard_of(store: Store) -> None:
+    first = created(store, 0, content="c")
+    assert openai_batches.create(store.client, new(1, content="c"))[1]  # no retry: it is meant
+    unheard(store, f"{1:024x}")
+    assert again(store, 2) == f"{1:024x}"
+    other = new(3, "other", content="c", again=True)
+    assert openai_batches.create(store.client, other) == (other.batch_id, True)
+    assert again(store, 4) == f"{1:024x}"  # as often as it is made
+    assert set(due(store)) == {first, f"{1:024x}"}
+    # Also once it is a batch, and once that has ended.
+    made(store, f"{1:024x}")
+    assert again(store, 5) == f"{1:024x}"
+
+
+def test_a_retry_joins_nothing_that_is_on_its_way_to_who_asked_for_it(store: Store) -> None:
+    """A call that is made again so soon was refused before it came here: what is alike is somebody else's."""
+    first = created(store, 0, content="c")
+    assert again(store, 1) != first
+
+
+def test_a_retry_joins_nothing_that_was_heard_of(store: Store) -> None:
+    first = created(store, 0, content="c")
+    unheard(store, first)
+    heard(store.client, first)
+    heard(store.client, first)
+    assert again(store, 1) != first
+    # What is heard of has no hold on what is newer.
+    unheard(store, f"{1:024x}")
+    heard(store.client, first)
+    heard(store.client, "f" * 24)
+    assert again(store, 2) == f"{1:024x}"
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelling", "cancelled", "stopped", "expired"])
+def test_a_retry_joins_nothing_that_was_stopped(store: Store, store_url: str, how: str) -> None:
+    first = created(store, 0, content="c")
+    if how == "cancelling":
+        openai_batches.wish(store.client, first, "cancelled")
+    elif how == "stopped":
+        made(store, first)
+        store.cancel(first)
+    elif how == "expired":
+        made(store, first, deadline_at=1.0)
+        run(leases.reap, store_url)
+        assert store.status(first).closing == "x"
+    else:
+        openai_batches.fail(store.client, first, "failed" if how == "failed" else "cancelled", b"", 100)
+    unheard(store, first)
+    assert again(store, 1) != first
+
+
+def test_a_retry_of_a_native_submit_follows_the_same_rules(store: Store) -> None:
+    def submit(again: bool = False) -> str:
+        return store.submit(requests(2), NewBatch(tenant=TENANT, alike="t", again=again)).batch_id
+
+    first = submit()
+    second = submit(again=True)
+    assert second != first  # it is too soon
+    unheard(store, second)
+    assert submit(again=True) == second
+    heard(store.client, second)
+    third = submit(again=True)
+    assert third not in (first, second)
+    unheard(store, third)
+    store.cancel(third)
+    assert submit(again=True) != third
+
+
 # -- due
 
 
@@ -185,38 +283,125 @@ def test_one_who_takes_it_has_it_to_itself(store: Store) -> None:
     assert due(store)[batch] == pytest.approx(redis_time(store.client) + openai_batches.LEASE_S, abs=5)
     assert openai_batches.renew(store.client, batch, 100.0)
     assert due(store)[batch] == pytest.approx(redis_time(store.client) + 100.0, abs=5)
-    openai_batches.put_off(store.client, batch, 0.0)
+    assert openai_batches.take(store.client) is None
+    openai_batches.renew(store.client, batch, 0.0)
     assert openai_batches.take(store.client, 0.0) == Due(batch, "validate", TENANT)
     assert openai_batches.take(store.client) == Due(batch, "validate", TENANT)  # of one whose lease has run out
+    assert set(due(store)) == {batch}
 
 
-def test_the_oldest_is_taken_first_and_what_is_gone_is_passed_over(store: Store) -> None:
-    batches = [created(store, number) for number in range(5)]
-    store.client.delete(keys.openai(batches[0]), keys.openai(batches[2]))
+def test_the_oldest_is_taken_first_and_what_is_put_off_is_not_taken(store: Store) -> None:
+    batches = [created(store, number) for number in range(4)]
+    openai_batches.renew(store.client, batches[1], 100.0)
     assert [openai_batches.take(store.client) for _ in range(4)] == [
-        Due(batches[1], "validate", TENANT),
+        Due(batches[0], "validate", TENANT),
+        Due(batches[2], "validate", TENANT),
         Due(batches[3], "validate", TENANT),
-        Due(batches[4], "validate", TENANT),
         None,
     ]
-    assert set(due(store)) == {batches[1], batches[3], batches[4]}
+    # What comes in meanwhile need not wait for any of their leases.
+    assert openai_batches.take(store.client) is None
+    fresh = created(store, 4)
+    assert openai_batches.take(store.client) == Due(fresh, "validate", TENANT)
+    assert set(due(store)) == {*batches, fresh}
 
 
-def test_what_is_gone_keeps_nobody_from_the_next(store: Store) -> None:
-    store.client.zadd(keys.OPENAI_DUE, {f"gone{n}": 1.0 for n in range(250)})
-    batch = created(store)
-    assert openai_batches.take(store.client) == Due(batch, "validate", TENANT)
-    assert list(due(store)) == [batch]
-
-
-def test_a_tenant_that_is_busy_keeps_no_other_waiting(store: Store) -> None:
-    for number in range(300):
-        created(store, number)
-    other = replace(new(300), tenant="other")
+def test_what_is_gone_is_cleaned_up_and_keeps_no_other_tenant_waiting(store: Store) -> None:
+    gone = [created(store, number) for number in range(50)]
+    store.client.delete(*map(keys.openai, gone))
+    other = new(100, "other")
     openai_batches.create(store.client, other)
-    assert openai_batches.take(store.client, busy=[TENANT]) == Due(other.batch_id, "validate", "other")
+    assert openai_batches.take(store.client) == Due(other.batch_id, "validate", "other")
+    batch = created(store, 101)
+    found: set[Due | None] = set()
+    for _ in range(len(gone) + 1):
+        found.add(openai_batches.take(store.client))
+    assert found - {None} == {Due(batch, "validate", TENANT)}
+    assert list(due(store)) == [batch]
+    store.client.delete(keys.openai(batch))
+    assert openai_batches.take(store.client, busy=["other"]) is None
+    store.client.zadd(keys.tenant_due(TENANT), {batch: 1.0})
+    store.client.zadd(keys.OPENAI_DUE, {TENANT: 1.0})
+    assert openai_batches.take(store.client) is None
+    assert due(store) == {}
+    assert store.client.zrange(keys.OPENAI_DUE, 0, -1) == [b"other"]
+
+
+def many_due(store: Store, count: int) -> list[str]:
+    """So many of the tenant's, all of them due for long."""
+    names = [f"{number:024x}" for number in range(count)]
+    pipe = store.client.pipeline(transaction=False)
+    for name in names:
+        pipe.hset(keys.openai(name), mapping={"tenant": TENANT, "created_at": "1.0"})
+    pipe.zadd(keys.tenant_due(TENANT), dict.fromkeys(names, 1.0))
+    pipe.zadd(keys.OPENAI_DUE, {TENANT: 1.0})
+    pipe.execute()
+    return names
+
+
+def test_thousands_of_one_tenant_keep_no_other_waiting(store: Store) -> None:
+    names = many_due(store, 3_000)
+    first = openai_batches.take(store.client)
+    other = new(5_000, "other")
+    openai_batches.create(store.client, other)
+    last = new(5_001, "last")
+    openai_batches.create(store.client, last)
+    found = [openai_batches.take(store.client) for _ in range(4)]
+    assert {first, *found} == {
+        *(Due(name, "validate", TENANT) for name in names[:3]),
+        Due(other.batch_id, "validate", "other"),
+        Due(last.batch_id, "validate", "last"),
+    }
+    assert Due(other.batch_id, "validate", "other") in found[:2]
+    # Renewals of what one is at, as they go on all the time, win no turn.
+    for number in range(6_000, 6_006):
+        fresh = new(number, "other")
+        openai_batches.create(store.client, fresh)
+        pair = []
+        for name in names[:2]:
+            openai_batches.renew(store.client, name)
+            pair.append(openai_batches.take(store.client))
+        assert Due(fresh.batch_id, "validate", "other") in pair
+        assert [due.tenant for due in pair if due].count(TENANT) == 1
+    assert len(due(store)) == 3_000
+
+
+def test_a_tenant_that_is_busy_keeps_no_other_waiting_and_its_turn(store: Store) -> None:
+    names = many_due(store, 3_000)
+    others = [new(5_000 + number, "other") for number in range(3)]
+    for other in others:
+        openai_batches.create(store.client, other)
+    assert openai_batches.take(store.client, busy=[TENANT]) == Due(others[0].batch_id, "validate", "other")
     assert openai_batches.take(store.client, busy=["other", TENANT]) is None
-    assert openai_batches.take(store.client, busy=["other"]) == Due(f"{0:024x}", "validate", TENANT)
+    assert openai_batches.take(store.client, busy=[TENANT]) == Due(others[1].batch_id, "validate", "other")
+    assert openai_batches.take(store.client) == Due(names[0], "validate", TENANT)
+    assert openai_batches.take(store.client, busy=["other"]) == Due(names[1], "validate", TENANT)
+    assert openai_batches.take(store.client) == Due(others[2].batch_id, "validate", "other")
+
+
+def test_tenants_take_turns(store: Store) -> None:
+    """Whoever came first with however many, each has one after the other."""
+    tenants = ("a", "b", "c")
+    for place, tenant in enumerate(tenants):
+        for number in range(4):
+            openai_batches.create(store.client, new(place * 10 + number, tenant))
+    found = [openai_batches.take(store.client) for _ in range(12)]
+    assert [due.tenant for due in found if due] == list(tenants) * 4
+    for tenant in tenants:
+        ids = [due.batch_id for due in found if due and due.tenant == tenant]
+        assert ids == sorted(ids)
+        assert set(due(store, tenant)) == set(ids)
+    assert openai_batches.take(store.client) is None
+
+
+def test_what_was_handed_on_is_taken_before_its_lease_ends(store: Store) -> None:
+    batch = created(store)
+    openai_batches.create(store.client, new(1, "other"))
+    while openai_batches.take(store.client):
+        pass
+    openai_batches.renew(store.client, batch, 0.0)
+    assert openai_batches.take(store.client) == Due(batch, "validate", TENANT)
+    assert openai_batches.take(store.client) is None
 
 
 def test_a_renewal_brings_nothing_back_that_is_no_longer_due(store: Store) -> None:
@@ -231,7 +416,7 @@ def test_what_is_to_be_done_follows_what_it_has_become(store: Store, store_url: 
     assert taken(store) == Due(batch, "validate", TENANT)
     made(store, batch)
     assert taken(store) == Due(batch, "made", TENANT)  # whoever made it has died before it said so
-    assert openai_batches.made(store.client, batch, "m") == ""
+    openai_batches.made(store.client, batch, "m")
     assert (due(store), get(store, batch).model) == ({}, "m")
     end(store, store_url, "ss")
     assert taken(store) == Due(batch, "finalize", TENANT)
@@ -244,11 +429,11 @@ def test_one_that_ends_before_it_is_told_made_is_finalized_all_the_same(store: S
     openai_batches.take(store.client)
     made(store, batch)
     end(store, store_url, "ss")
-    assert openai_batches.made(store.client, batch, "m") == ""
+    openai_batches.made(store.client, batch, "m")
     assert openai_batches.take(store.client) == Due(batch, "finalize", TENANT)
     assert finalized(store, batch)
     # And once more by somebody who was slow: it stays over.
-    assert openai_batches.made(store.client, batch, "m") == ""
+    openai_batches.made(store.client, batch, "m")
     assert due(store) == {}
 
 
@@ -266,33 +451,59 @@ def test_cancelled_before_it_is_a_batch(store: Store) -> None:
     assert not openai_batches.renew(store.client, batch)
     openai_batches.fail(store.client, batch, "cancelled", b"", 100)
     found = get(store, batch)
-    assert (found.status, found.errors_json, found.made) == ("cancelled", b"", None)
+    assert (found.status, found.errors_bytes, found.made) == ("cancelled", 0, None)
+    assert openai_batches.errors_of(store.client, batch) == b""
+    assert due(store) == {}
     assert events(store) == [("batch.cancelled", f"batch_{batch}")]
     assert not openai_batches.wish(store.client, batch, "paused")
 
 
-def test_a_wish_is_done_once_it_is_a_batch(store: Store) -> None:
-    cancelled, paused, resumed = (created(store, number) for number in range(3))
-    assert openai_batches.wish(store.client, cancelled, "cancelled")
+@pytest.mark.parametrize("how", ["missing", "cancelling", "cancelled", "failed"])
+def test_what_nobody_wants_any_more_never_becomes_a_batch(store: Store, how: str) -> None:
+    batch = f"{0:024x}"
+    if how != "missing":
+        created(store)
+        openai_batches.wish(store.client, batch, "paused")
+    if how == "cancelling":
+        openai_batches.wish(store.client, batch, "cancelled")
+    elif how == "cancelled":
+        openai_batches.fail(store.client, batch, "cancelled", b"", 100)
+    elif how == "failed":
+        openai_batches.fail(store.client, batch, "failed", b"", 100)
+    before = store.client.hgetall(keys.openai(batch))
+    with pytest.raises(Unwanted):
+        store.submit(requests(3), to_be(batch))
+    assert store.client.hgetall(keys.openai(batch)) == before
+    assert not store.client.exists(keys.batch(batch), keys.requests(batch))
+    assert store.client.zcard(keys.BATCHES) == store.client.zcard(keys.OPEN) == 0
+    assert not store.client.keys("mimoq:staged:*")
+    # Nobody else is asked for such a record.
+    assert store.submit(requests(3), NewBatch(tenant=TENANT, protocol="anthropic")).created
+
+
+def test_one_that_is_a_batch_is_found_by_who_makes_it_once_more(store: Store) -> None:
+    batch = created(store)
+    made(store, batch)
+    store.cancel(batch)
+    again = store.submit(requests(2), to_be(batch, content=get(store, batch).content))
+    assert (again.batch_id, again.created) == (batch, False)
+
+
+def test_paused_while_it_was_validated_it_becomes_a_paused_batch(store: Store, store_url: str) -> None:
+    paused, resumed = (created(store, number) for number in range(2))
     for batch in (paused, resumed):
         assert openai_batches.wish(store.client, batch, "paused")
     assert openai_batches.wish(store.client, resumed, "running")
-    for batch in (cancelled, paused, resumed):
+    for batch in (paused, resumed):
         made(store, batch)
-    assert [openai_batches.made(store.client, batch, "") for batch in (cancelled, paused, resumed)] == [
-        "cancelled",
-        "paused",
-        "",
-    ]
-    # Until it has been done it is asked for again, and stays due.
-    assert openai_batches.made(store.client, paused, "") == "paused"
-    assert set(due(store)) == {cancelled, paused}
-    store.pause(paused)
-    store.cancel(cancelled)
-    assert [openai_batches.made(store.client, batch, "") for batch in (cancelled, paused)] == ["", ""]
-    assert set(due(store)) == {cancelled}  # to be finalized
+        openai_batches.made(store.client, batch, "m")
+    assert [store.status(batch).state for batch in (paused, resumed)] == ["paused", "running"]
+    assert [get(store, batch).status for batch in (paused, resumed)] == ["in_progress"] * 2
+    assert due(store) == {}
+    assert {job.batch_id for job in end(store, store_url, "ss")} == {resumed}
     store.resume(paused)
-    assert openai_batches.made(store.client, paused, "") == ""  # it is not paused once more
+    openai_batches.made(store.client, paused, "m")
+    assert {job.batch_id for job in end(store, store_url, "ss")} == {paused}
 
 
 def test_a_wish_for_what_is_a_batch_is_not_noted(store: Store) -> None:
@@ -300,8 +511,19 @@ def test_a_wish_for_what_is_a_batch_is_not_noted(store: Store) -> None:
     made(store, batch)
     for wish in ("cancelled", "paused", "running"):
         assert not openai_batches.wish(store.client, batch, wish)
-    assert openai_batches.made(store.client, batch, "") == ""
-    assert get(store, batch).status == "in_progress"
+    openai_batches.made(store.client, batch, "")
+    found = get(store, batch)
+    assert (found.status, found.model, found.cancelling_at) == ("in_progress", "", None)
+    assert store.status(batch).state == "running"
+
+
+def test_a_model_that_is_known_is_not_forgotten(store: Store) -> None:
+    batch = created(store, model="m")
+    made(store, batch)
+    openai_batches.made(store.client, batch, "")
+    assert get(store, batch).model == "m"
+    openai_batches.made(store.client, "f" * 24, "m")
+    assert not store.client.exists(keys.openai("f" * 24))
 
 
 # -- ended without ever having been a batch
@@ -314,7 +536,8 @@ def test_what_is_wrong_is_kept_and_told_once(store: Store) -> None:
         openai_batches.fail(store.client, batch, "failed", told, 100)
     openai_batches.fail(store.client, batch, "cancelled", b"", 100)
     found = get(store, batch)
-    assert (found.status, found.errors_json, found.cancelled_at) == ("failed", told, None)
+    assert (found.status, found.errors_bytes, found.cancelled_at) == ("failed", len(told), None)
+    assert openai_batches.errors_of(store.client, batch) == told
     assert events(store) == [("batch.failed", f"batch_{batch}")]
     assert due(store) == {}
     assert 0 < store.client.ttl(keys.openai(batch)) <= 100
@@ -392,7 +615,7 @@ def test_files_that_go_before_the_batch(store: Store, store_url: str) -> None:
 def test_a_cancelled_one_ends_once_nobody_holds_any_of_it(store: Store, store_url: str) -> None:
     batch = created(store, callback=URL)
     made(store, batch, 2, slice_size=1)
-    assert openai_batches.made(store.client, batch, "m") == ""
+    openai_batches.made(store.client, batch, "m")
     (held,) = run(lambda client: leases.claim(client, "w", "bulk", [""], 1, 600.0), store_url)
     store.cancel(batch)
     assert (get(store, batch).status, due(store)) == ("cancelling", {})
@@ -497,6 +720,7 @@ def test_a_deleted_one_is_not_finalized(store: Store, store_url: str) -> None:
     assert finished_at is not None
     store.delete(batch, TENANT)
     assert openai_batches.take(store.client) is None
+    assert due(store) == {}
     assert not openai_batches.finalize(store.client, batch, finished_at, (1, 1), (0, 0))
     assert (store.client.exists(keys.openai(batch)), events(store)) == (0, [])
 

@@ -114,8 +114,22 @@ def test_the_line_of_an_answer_that_another_wrote() -> None:
 
 def test_an_error_of_the_upstream_speaks_for_itself() -> None:
     found = line(failed(Failure("bad_request", "no", 400, msgspec.Raw(b'{"error":\n{"message":"no"}}'))))
-    assert found["response"] == {"status_code": 400, "request_id": "req-1", "body": {"error": {"message": "no"}}}
+    error = {"message": "no", "type": None, "param": None, "code": None}
+    assert found["response"] == {"status_code": 400, "request_id": "req-1", "body": {"error": error}}
     assert found["error"] is None
+    whole = {"message": "no", "type": "t", "param": "p", "code": "c", "more": 1}
+    body = json.dumps({"error": whole, "n": 12345678901234567890}).encode()
+    told = output_line("b-0", "c0", failed(Failure("bad_request", "no", 400, msgspec.Raw(body))))
+    assert body in told
+
+
+@pytest.mark.parametrize("body", ['"<html>"', "[1]", "5"])
+def test_a_body_is_an_object_in_any_case(body: str) -> None:
+    found = line(failed(Failure("bad_request", "no", 400, msgspec.Raw(body.encode()))))
+    error = {"message": "no", "type": "upstream_error", "param": None, "code": "bad_request"}
+    assert (found["response"]["body"], found["error"]) == ({"error": error}, None)
+    found = line(failed(Failure("invalid_response", "no JSON", 200, msgspec.Raw(body.encode()))))
+    assert (found["response"], found["error"]["code"]) == (None, "invalid_response")
 
 
 def test_a_bad_answer_has_both() -> None:

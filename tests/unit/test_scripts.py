@@ -37,6 +37,8 @@ ALWAYS = {
     "openai_take",
     "openai_mark",
     "openai_made",
+    "openai_renew",
+    "heard",
     "openai_fail",
     "openai_finalize",
     "delete",
