@@ -15,20 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import (
-    anthropic_shapes,
-    batch_routes,
-    calls,
-    file_routes,
-    job_routes,
-    message_batch_routes,
-    openai_batch_routes,
-    openai_shapes,
-    operations,
-    webhook_routes,
-)
+from api import batch_routes, calls, job_routes, operations, webhook_routes
+from api.anthropic import batches as message_batches
+from api.anthropic import shapes as anthropic_shapes
 from api.core import Core
 from api.door import Door, handle
+from api.openai import batches as openai_batches
+from api.openai import files as openai_files
+from api.openai import shapes as openai_shapes
 from api.problems import Problem
 from api.routing import ref
 from api.shapes import SHAPES
@@ -58,9 +52,9 @@ ROUTERS = (
     job_routes.router,
     batch_routes.router,
     calls.router,
-    file_routes.router,
-    openai_batch_routes.router,
-    message_batch_routes.router,
+    openai_files.router,
+    openai_batches.router,
+    message_batches.router,
     webhook_routes.router,
     operations.router,
 )

@@ -13,15 +13,15 @@ import structlog
 from redis.exceptions import RedisError
 
 from api.auth import Auth, Caller, Rates
-from api.clerk import AT_ONCE, Clerk
 from api.deliverer import GRACE_S, Deliverer
 from api.groups import Groups
-from api.keeper import Keeper
 from api.metrics import Counts, Scrapes
+from api.openai.clerk import AT_ONCE, Clerk
+from api.openai.keeper import Keeper
+from api.openai.spool import Spool
 from api.outbound import Outbound
 from api.problems import not_found
 from api.ringer import Ringer
-from api.spool import Spool
 from api.threads import PATIENCE_S, StoreThreads, say
 from api.turns import Turns
 from api.waiters import Waiter, Waiters

@@ -18,8 +18,6 @@ from starlette.requests import Request
 
 from api import bodies
 from api.core import Core
-from api.elements import Elements
-from api.input_messages import messages
 from api.problems import Problem
 from api.routing import caller_of, core_of
 from jobs.requests import InvalidLine, parse
@@ -35,8 +33,6 @@ TENANT_UPLOADS = 4
 TURN_S = 60.0
 #: Broken rules that are told of one batch.
 SHOWN_PROBLEMS = 20
-#: Bytes of a message batch beside its requests, where nothing is expected.
-REST_BYTES = 16_384
 
 T = TypeVar("T")
 
@@ -140,31 +136,18 @@ async def submit_lines(request: Request, new: NewBatch, endpoint: str) -> Submit
         found = lines(stream, core.settings.max_line_bytes)
         return store.submit(_good(found, core, endpoint, "line"), new)
 
-    return _rung(core, new, await read_in(request, core.settings.api_max_upload_bytes, work))
-
-
-async def submit_messages(request: Request, new: NewBatch) -> Submitted:
-    """Submits the body of a new message batch, `{"requests": [{"custom_id", "params"}, ...]}`.
-
-    Raises a `Problem` in Anthropic's words that names the first requests that break a rule, or what the store raises.
-    """
-    core = core_of(request)
-
-    def work(store: Store, stream: BinaryIO) -> Submitted:
-        elements = Elements(stream, "requests", core.settings.max_line_bytes, REST_BYTES)
-        return store.submit(messages(elements, core.settings, core.model), new)
-
-    return _rung(core, new, await read_in(request, core.settings.message_batch_max_bytes, work))
+    return rung(core, new, await read_in(request, core.settings.api_max_upload_bytes, work))
 
 
 async def submit_inline(core: Core, requests: Iterable[Any], new: NewBatch, endpoint: str) -> Submitted:
     """Submits requests that came inline, each raw JSON. Raises as `submit_lines` does."""
     found = ((place, bytes(raw)) for place, raw in enumerate(requests))
     submitted = await core.inline.call(lambda store: store.submit(_good(found, core, endpoint, "request"), new))
-    return _rung(core, new, submitted)
+    return rung(core, new, submitted)
 
 
-def _rung(core: Core, new: NewBatch, submitted: Submitted) -> Submitted:
+def rung(core: Core, new: NewBatch, submitted: Submitted) -> Submitted:
+    """What came of a submit, rung for where it has made a batch."""
     if submitted.created:
         core.ringer.ring(submitted.batch_id, new.lane, new.label, submitted.jobs)
     return submitted

@@ -1,4 +1,4 @@
-"""Files of the API, as the store knows them: whose, what for, how long. What is uploaded lies on a disk (`api.spool`).
+"""Files of the API, as the store knows them: whose, what for, how long. Uploaded ones lie on a disk (`api.openai.spool`).
 
 The output and the errors of an OpenAI batch are files too, whose lines are made of the batch's results when they are
 read; their records are written when it is finalized, and go with its results.

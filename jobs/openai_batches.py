@@ -2,7 +2,7 @@
 
 The protocol lets a batch exist before its requests are known to be good, and ends it only once its files can be had.
 Both ends are here: a record of its own beside the batch's, and a list of what is due, from which a process of the API takes
-what to validate and what to finalize (`api.clerk`). In between it is a batch as any other.
+what to validate and what to finalize (`api.openai.clerk`). In between it is a batch as any other.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api import clerk
-from api.clerk import AT_ONCE, OF_ONE
-from api.input_lines import InputLines
+from api.openai import clerk
+from api.openai.clerk import AT_ONCE, OF_ONE
+from api.openai.lines import InputLines
 from api.output_rows import openai_block
 from api.threads import StoreThreads
 from jobs import files, keys, leases, openai_batches, tokens
@@ -545,14 +545,14 @@ jobs.openai_batches.finalize = finalize
 import sys
 """,
     "reading": """
-import api.clerk, os
-judge = api.clerk.InputLines.requests
+import api.openai.clerk, os
+judge = api.openai.clerk.InputLines.requests
 def requests(self, stream):
     for number, request in enumerate(judge(self, stream)):
         if number == 70:
             os.kill(os.getpid(), 9)
         yield request
-api.clerk.InputLines.requests = requests
+api.openai.clerk.InputLines.requests = requests
 import sys
 """,
     "made": """

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from api.keeper import UNTOUCHED_S, Keeper
-from api.spool import Spool
+from api.openai.keeper import UNTOUCHED_S, Keeper
+from api.openai.spool import Spool
 from jobs import files, keys
 from jobs.cursors import GONE_S
 from tests.integration.api_stand import PROMPT, Api, ApiStand, api_stand, core_standing, line, lines
@@ -454,7 +454,7 @@ def test_a_disk_that_is_full(
             sent: dict[str, Any] = {"files": {"file": ("in.jsonl", lines(line()))}, "data": {"purpose": "batch"}}
             inline = {"endpoint": "/v1/chat/completions", "requests": [{"custom_id": "a", "body": line()["body"]}]}
             with monkeypatch.context() as patched:
-                patched.setattr("api.spool.tempfile.mkstemp", full)
+                patched.setattr("api.openai.spool.tempfile.mkstemp", full)
                 for response in (
                     await http.post("/v1/files", **sent),
                     await http.post("/v1/batches", json=inline),

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import BatchError
 
-from api import input_lines
-from api.input_lines import InputLines, InvalidInput, LineError
+from api.openai import lines as input_lines
+from api.openai.lines import InputLines, InvalidInput, LineError
 from jobs.requests import CHAT, MESSAGES, Request
 
 SECRET = "a prompt nobody may see"

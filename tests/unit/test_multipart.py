@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.multipart import BLOCK_BYTES, FIELD_BYTES, HEADER_BYTES, PARTS, PIECE_BYTES, Form, receive
+from api.openai.multipart import BLOCK_BYTES, FIELD_BYTES, HEADER_BYTES, PARTS, PIECE_BYTES, Form, receive
+from api.openai.spool import Incoming, Spool
 from api.problems import Problem
-from api.spool import Incoming, Spool
 
 SECRET = "my prompt"
 BOUNDARY = "----------------------4f3c"

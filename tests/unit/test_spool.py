@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from api.openai.spool import ASKED_IDS, Incoming, Spool
 from api.problems import Problem
-from api.spool import ASKED_IDS, Incoming, Spool
 from jobs.errors import NotFound
 
 ID = "file-0123456789abcdef01234567"

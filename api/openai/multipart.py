@@ -14,8 +14,8 @@ from typing import Final, Literal
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from api.openai.spool import Incoming
 from api.problems import Problem
-from api.spool import Incoming
 from jobs.requests import shown
 
 FILE: Final = "file"

@@ -17,12 +17,12 @@ from typing import BinaryIO, cast
 import msgspec
 import structlog
 
-from api.input_lines import InputLines, InvalidInput, LineError, model_of
-from api.openai_shapes import BatchErrors
+from api.openai.lines import InputLines, InvalidInput, LineError, model_of
+from api.openai.shapes import BatchErrors
+from api.openai.spool import Spool
 from api.output_rows import openai_block, rows, size
 from api.problems import Problem
 from api.ringer import Ringer
-from api.spool import Spool
 from api.threads import StoreThreads
 from jobs import files, openai_batches
 from jobs.errors import NoRoom, NotFound, StoreFull, StoreUnavailable, Unwanted
@@ -42,7 +42,7 @@ OF_ONE = 2
 RENEW_S = LEASE_S / 6
 AGAIN_S = 5.0
 
-log = structlog.get_logger("api.clerk")
+log = structlog.get_logger("api.openai.clerk")
 
 
 class Clerk:

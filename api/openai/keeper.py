@@ -7,9 +7,9 @@ import time
 
 import structlog
 
-from api.openai_shapes import PURPOSES
+from api.openai.shapes import PURPOSES
+from api.openai.spool import Spool
 from api.problems import Problem
-from api.spool import Spool
 from api.threads import StoreThreads
 from jobs import cursors, files, keys
 from jobs.connections import redis_errors
@@ -24,7 +24,7 @@ SEARCH_ROUNDS = 60
 #: Seconds that a file on the disk is left alone: an upload may be slow.
 UNTOUCHED_S = 86_400.0
 
-log = structlog.get_logger("api.keeper")
+log = structlog.get_logger("api.openai.keeper")
 
 
 class Keeper:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from api.anthropic_shapes import CUSTOM_ID
+from api.anthropic.shapes import CUSTOM_ID
 from api.elements import Elements
 from api.problems import Problem
 from jobs.requests import MESSAGES, InvalidLine, Request, members, parse_body, plain

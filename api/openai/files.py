@@ -12,12 +12,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from api import bodies, multipart, output_rows, uploads
+from api import bodies, output_rows, uploads
 from api.core import Core
-from api.openai_shapes import EXPIRES_S, PURPOSES, FileDeleted, FileList, FileObject, file_object
+from api.openai.multipart import Form, receive
+from api.openai.shapes import EXPIRES_S, PURPOSES, FileDeleted, FileList, FileObject, file_object
+from api.openai.spool import Incoming
 from api.problems import Problem
 from api.routing import Route, answer, caller_of, core_of, gives, openai_problems, takes
-from api.spool import Incoming
 from api.streams import Stream
 from jobs import files, openai_batches
 from jobs.cursors import Asked
@@ -57,7 +58,7 @@ async def create_file(request: Request) -> Response:
         incoming = await core.disk.call(lambda _: core.spool.new())
         try:
             body = bodies.chunks(request, most + FORM_BYTES)
-            form = await multipart.receive(body, request.headers.get("content-type", ""), incoming, most, write)
+            form = await receive(body, request.headers.get("content-type", ""), incoming, most, write)
             purpose, kept_s = _check(core, form, incoming.size)
             file = await core.disk.call(
                 lambda store: keep(core, store, incoming, tenant, purpose, form.filename, kept_s)
@@ -81,7 +82,7 @@ def keep(
         raise
 
 
-def _check(core: Core, form: multipart.Form, size: int) -> tuple[str, float | None]:
+def _check(core: Core, form: Form, size: int) -> tuple[str, float | None]:
     """What a file is for, and for how long it is kept. Raises a `Problem`."""
     fields = dict(form.fields)
     purpose = fields.pop("purpose", "")

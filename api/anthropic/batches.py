@@ -6,14 +6,16 @@ A body is read as a stream and submitted at once, all or nothing; all that is sh
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Query, Request, Response
 
 from api import output_rows, uploads
-from api.anthropic_shapes import PREFIX, WINDOW_S, DeletedMessageBatch, MessageBatchList, message_batch
+from api.anthropic.requests import messages
+from api.anthropic.shapes import PREFIX, WINDOW_S, DeletedMessageBatch, MessageBatchList, message_batch
 from api.auth import Caller
 from api.core import CANCEL_STEPS, Core
+from api.elements import Elements
 from api.problems import FINAL, Problem, not_found
 from api.retries import Made, Retry, is_retry
 from api.routing import Route, answer, caller_of, core_of, gives, takes
@@ -25,10 +27,12 @@ from jobs.errors import Conflict, NotFound
 from jobs.identity import key_identity
 from jobs.states import BatchState
 from jobs.store import BatchStatus, Store
-from jobs.submission import NewBatch
+from jobs.submission import NewBatch, Submitted
 
 PROTOCOL = "anthropic"
 LINES = "application/x-jsonl"
+#: Bytes of a message batch beside its requests, where nothing is expected.
+REST_BYTES = 16_384
 #: Batches of a page.
 MOST_BATCHES = 1_000
 
@@ -72,12 +76,26 @@ async def create_message_batch(
         again=is_retry(retry),
     )
     try:
-        submitted = await uploads.submit_messages(request, new)
+        submitted = await _submit(request, new)
     except Conflict:
         detail = "this Idempotency-Key came before with other requests; nothing was submitted: use a new key"
         raise Problem(409, "conflict", detail, headers=FINAL) from None
     status = await core.status(caller, submitted.batch_id)
     return Made(core, status.batch_id, message_batch(status, _base(request)))
+
+
+async def _submit(request: Request, new: NewBatch) -> Submitted:
+    """Submits the body of a new message batch, `{"requests": [{"custom_id", "params"}, ...]}`.
+
+    Raises a `Problem` in Anthropic's words that names the first requests that break a rule, or what the store raises.
+    """
+    core = core_of(request)
+
+    def work(store: Store, stream: BinaryIO) -> Submitted:
+        elements = Elements(stream, "requests", core.settings.max_line_bytes, REST_BYTES)
+        return store.submit(messages(elements, core.settings, core.model), new)
+
+    return uploads.rung(core, new, await uploads.read_in(request, core.settings.message_batch_max_bytes, work))
 
 
 def _identity(caller: Caller, key: str) -> str:

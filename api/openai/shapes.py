@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from api.input_lines import LineError
+from api.openai.lines import LineError
 from api.shapes import Callback, Endpoint, Lane, Metadata
 from jobs.files import File
 from jobs.openai_batches import Status

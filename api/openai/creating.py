@@ -18,11 +18,11 @@ from api import bodies, submitting
 from api.addresses import check_url
 from api.core import Core
 from api.elements import Elements
-from api.file_routes import keep
-from api.openai_shapes import BatchOptions
+from api.openai.files import keep
+from api.openai.shapes import BatchOptions
+from api.openai.spool import Incoming
 from api.problems import FINAL, Problem
 from api.shapes import MOST_DEADLINE_S
-from api.spool import Incoming
 from jobs import files, openai_batches
 from jobs.errors import Conflict, NotFound, StoreFull, UsageError
 from jobs.identity import key_identity

@@ -1,7 +1,7 @@
 """OpenAI's batches: create, look, list, cancel; and beyond the protocol retry, pause and resume.
 
-A batch is created at once and validated afterwards (`api.clerk`), as the protocol has it. Requests that come inline are
-written down as an input file, and are a batch as any other from there on.
+A batch is created at once and validated afterwards (`clerk`), as the protocol has it. Requests that come inline are written
+down as an input file, and are a batch as any other from there on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from api import uploads
 from api.core import CANCEL_STEPS
-from api.openai_creating import REST_BYTES, create
-from api.openai_shapes import BatchObject, BatchObjectList
-from api.openai_views import PREFIX, batch_object, shown
+from api.openai.creating import REST_BYTES, create
+from api.openai.shapes import BatchObject, BatchObjectList
+from api.openai.views import PREFIX, batch_object, shown
 from api.problems import FINAL, Problem
 from api.retries import Made, Retry, is_retry
 from api.routing import Route, answer, caller_of, core_of, gives, openai_problems, takes

@@ -6,7 +6,7 @@ from typing import cast
 
 import msgspec
 
-from api.openai_shapes import (
+from api.openai.shapes import (
     BatchErrors,
     BatchObject,
     BatchUsage,

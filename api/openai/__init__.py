@@ -1,0 +1,1 @@
+"""OpenAI's protocol: files, and batches of them."""
