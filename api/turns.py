@@ -82,7 +82,7 @@ class Turns:
             for each in waiting:
                 if not each.done():
                     again = {"Retry-After": "1"}
-                    detail = "this process is being stopped; nothing was submitted"
+                    detail = "this process is being stopped; nothing was done"
                     each.set_exception(Problem(503, "stopping", detail, headers=again))
 
 

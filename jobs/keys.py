@@ -132,7 +132,7 @@ def identity(digest: str) -> str:
 
 
 def made(digest: str) -> str:
-    """string with expiry: the batch that a call without an idempotency key made, for the same call made again."""
+    """zset with expiry: batch id -> unix time, of those that calls alike made of which nobody has heard yet."""
     return f"{PREFIX}made:{digest}"
 
 

@@ -1,7 +1,8 @@
 """How an OpenAI batch is created: its body read as a stream, judged, and written down to be validated.
 
 Requests that come inline are written into an input file as they come, so that they are validated, read and kept as any
-other input. What goes wrong: a rule is broken, the disk is full. Nothing is kept then.
+other input. What goes wrong: a rule is broken, the disk is full. Nothing is kept then. The store is away: the input
+stays a file of its tenant's, because a batch of it may have been made.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from api.openai.spool import Incoming
 from api.problems import FINAL, Problem
 from api.shapes import MOST_DEADLINE_S
 from jobs import files, openai_batches
-from jobs.errors import Conflict, NotFound, StoreFull, UsageError
+from jobs.errors import Conflict, NotFound, UsageError
 from jobs.identity import key_identity
 from jobs.openai_batches import NewOpenAIBatch, OpenAIBatch
 from jobs.requests import ENDPOINTS
@@ -77,14 +78,11 @@ def create(core: Core, store: Store, stream: BinaryIO, tenant: str, key: str | N
         elif not new.identity or store.batch_of_identity(new.identity) is None:
             _check_input(store, tenant, new.input_file_id)
         try:
-            batch_id, created = store.patience.call(openai_batches.create, store.client, new)
+            batch_id, _ = store.patience.call(openai_batches.create, store.client, new)
         except Conflict as error:
             _drop(core, store, inline, new.input_file_id)
             raise Problem(409, "idempotency_conflict", str(error), headers=FINAL) from None
-        except StoreFull:
-            _drop(core, store, inline, new.input_file_id)
-            raise
-        if not created:
+        if batch_id != new.batch_id:  # its own may be there already: a call that was not answered is sent again
             _drop(core, store, inline, new.input_file_id)
         return store.patience.call(openai_batches.get, store.client, tenant, batch_id)
 

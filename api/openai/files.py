@@ -146,18 +146,17 @@ async def list_files(
 async def get_file(request: Request, file: str) -> Response:
     """Of the output of a batch that still runs the bytes are those it has so far."""
     core, tenant = core_of(request), caller_of(request).tenant
-    if files.batch_of(file) is None:
-        return answer(await core.threads.call(lambda store: _look(store, tenant, file)))
-    # Of one that grows all lines are measured: who asks often waits for themselves.
-    async with core.turns.soon(tenant, "looks at growing files", 1, uploads.TURN_S):
-        return answer(await core.streams.call(lambda store: _look(store, tenant, file)))
-
-
-def _look(store: Store, tenant: str, file_id: str) -> FileObject:
     try:
-        return file_object(store.patience.call(files.get, store.client, tenant, file_id))
+        found = await core.threads.call(lambda store: store.patience.call(files.get, store.client, tenant, file))
     except NotFound:
-        batch, part = growing(store, tenant, file_id)
+        # Of one that grows all lines are measured: who asks often waits for themselves.
+        async with core.turns.soon(tenant, "looks at growing files", 1, uploads.TURN_S):
+            return answer(await core.streams.call(lambda store: _measured(store, tenant, file)))
+    return answer(file_object(found))
+
+
+def _measured(store: Store, tenant: str, file_id: str) -> FileObject:
+    batch, part = growing(store, tenant, file_id)
     assert batch.made is not None
     indexes = _rows(store, batch, part)
     return FileObject(
@@ -219,9 +218,9 @@ def _delete(core: Core, store: Store, tenant: str, file_id: str) -> None:
     else:
         batch = store.patience.call(openai_batches.get, store.client, tenant, of[0])
         indexes = _rows(store, batch, of[1])
+        store.forget_results(of[0], indexes)  # first: who is cut off here asks again, and finds them again
         if of[1] == "output":
             store.patience.call(openai_batches.output_deleted, store.client, of[0])
-        store.forget_results(of[0], indexes)
     store.patience.call(files.delete, store.client, file_id)
 
 

@@ -11,25 +11,31 @@ local function there_before(id, identity, content)
   end
 end
 
--- Milliseconds that a call made again finds what it made the first time, and after which whoever made it is taken not to have
+-- Seconds that a call made again finds what it made the first time, and after which whoever made it is taken not to have
 -- heard of it, if nobody has said so (heard.lua): an answer takes less.
-local MADE_MS = 900000
-local UNHEARD_MS = 250
+local MADE_S = 900
+local UNHEARD_S = 0.25
 
--- The batch that a call of this digest has made, where `again` says that it is that call made again. Not one that was stopped.
+-- The batch that a call of this digest has made, where `again` says that it is that call made again: of several that nobody has
+-- heard of the oldest, but none that was stopped.
 local function made_before(digest, again)
-  local key = prefix .. 'made:' .. digest
-  local id = digest ~= '' and again == '1' and redis.call('GET', key)
-  if not id or redis.call('PTTL', key) > MADE_MS - UNHEARD_MS then return end
-  local o = redis.call('HMGET', of(id, 'openai'), 'created_at', 'failed_at', 'cancelled_at', 'cancelling_at')
-  local closing = redis.call('HGET', record(id), 'closing')
-  if (closing or o[1]) and (closing or '') == '' and not (o[2] or o[3] or o[4]) then return {'exists', id} end
+  if digest == '' or again ~= '1' then return end
+  local at = now()
+  local made = redis.call('ZRANGEBYSCORE', prefix .. 'made:' .. digest, stamp(at - MADE_S), stamp(at - UNHEARD_S), 'LIMIT', 0, 100)
+  for _, id in ipairs(made) do
+    local o = redis.call('HMGET', of(id, 'openai'), 'created_at', 'failed_at', 'cancelled_at', 'cancelling_at')
+    local closing = redis.call('HGET', record(id), 'closing')
+    if (closing or o[1]) and (closing or '') == '' and not (o[2] or o[3] or o[4]) then return {'exists', id} end
+  end
 end
 
 -- `key` is the hash that tells of the batch.
 local function remember_made(digest, id, key)
   if digest == '' then return end
-  redis.call('SET', prefix .. 'made:' .. digest, id, 'PX', MADE_MS)
+  local made = prefix .. 'made:' .. digest
+  redis.call('ZREMRANGEBYSCORE', made, '-inf', stamp(now() - MADE_S))
+  redis.call('ZADD', made, stamp(now()), id)
+  redis.call('EXPIRE', made, MADE_S)
   redis.call('HSET', key, 'made', digest)
 end
 

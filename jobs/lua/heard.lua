@@ -10,6 +10,4 @@
 
 local id = ARGV[1]
 local digest = redis.call('HGET', record(id), 'made') or redis.call('HGET', of(id, 'openai'), 'made')
-local key = prefix .. 'made:' .. (digest or '')
-if digest and redis.call('GET', key) == id then return redis.call('DEL', key) end
-return 0
+return digest and redis.call('ZREM', prefix .. 'made:' .. digest, id) or 0

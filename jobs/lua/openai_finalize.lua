@@ -13,7 +13,11 @@ local id = ARGV[1]
 local key = of(id, 'openai')
 local b = redis.call('HMGET', record(id), 'state', 'finished_at', 'closing', 'tenant')
 local o = redis.call('HMGET', key, 'callback', 'output_ttl_s', 'finalized_at', 'created_at')
-if b[1] ~= 'finished' or b[2] ~= ARGV[2] or not o[4] then return 'stale' end
+if b[1] ~= 'finished' or not o[4] then return 'stale' end
+if b[2] ~= ARGV[2] then
+  if not o[3] then set_due(id, now()) end  -- it has ended once more meanwhile
+  return 'stale'
+end
 set_due(id, nil)
 if o[3] then return 'stale' end
 local at = now()

@@ -194,10 +194,11 @@ def test_pages_show_all_states(store: Store, store_url: str) -> None:
 
 
 def unheard(store: Store, *batches: str) -> None:
-    """Time goes by in which an answer should have come."""
+    """Time goes by in which an answer to these should have come; the others have just been made."""
     for name in store.client.keys(keys.made("*")):
-        if store.client.get(name).decode() in batches:
-            store.client.pexpire(name, 900_000 - 251)
+        for raw in store.client.zrange(name, 0, -1):
+            age_s = 1.0 if raw.decode() in batches else -100.0
+            store.client.zadd(name, {raw: redis_time(store.client) - age_s})
 
 
 def again(store: Store, number: int) -> str:
@@ -222,7 +223,19 @@ def test_a_retry_joins_what_nobody_has_heard_of(store: Store) -> None:
 def test_a_retry_joins_nothing_that_is_on_its_way_to_who_asked_for_it(store: Store) -> None:
     """A call that is made again so soon was refused before it came here: what is alike is somebody else's."""
     first = created(store, 0, content="c")
+    unheard(store)
     assert again(store, 1) != first
+
+
+def test_a_retry_joins_the_oldest_that_nobody_has_heard_of(store: Store) -> None:
+    first, second = created(store, 0, content="c"), created(store, 1, content="c")
+    unheard(store, first, second)
+    assert again(store, 2) == first
+    heard(store.client, first)
+    assert again(store, 3) == second
+    heard(store.client, second)
+    assert again(store, 4) not in (first, second)
+    assert not store.client.zrange(keys.made("*"), 0, -1)
 
 
 def test_a_retry_joins_nothing_that_was_heard_of(store: Store) -> None:
@@ -261,6 +274,7 @@ def test_a_retry_of_a_native_submit_follows_the_same_rules(store: Store) -> None
         return store.submit(requests(2), NewBatch(tenant=TENANT, alike="t", again=again)).batch_id
 
     first = submit()
+    unheard(store)
     second = submit(again=True)
     assert second != first  # it is too soon
     unheard(store, second)
