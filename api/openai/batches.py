@@ -137,7 +137,7 @@ async def cancel_batch(request: Request, batch: str) -> Response:
 
     def work(store: Store, found: OpenAIBatch) -> None:
         if found.status not in ("cancelling", "cancelled"):
-            _apply(store, found, "cancel", "cancelled", lambda: store.cancel(found.batch_id, CANCEL_STEPS))
+            _apply(store, found, "cancel", "cancelled", lambda id: store.cancel(id, CANCEL_STEPS))
 
     return await _change(request, batch, work)
 
@@ -150,11 +150,7 @@ async def cancel_batch(request: Request, batch: str) -> Response:
 )
 async def pause_batch(request: Request, batch: str) -> Response:
     """Nothing more of it is called; calls in flight end, its window goes on. Its status stays as it is."""
-
-    def work(store: Store, found: OpenAIBatch) -> None:
-        _apply(store, found, "pause", "paused", lambda: store.pause(found.batch_id))
-
-    return await _change(request, batch, work)
+    return await _change(request, batch, lambda store, found: _apply(store, found, "pause", "paused", store.pause))
 
 
 @router.post(
@@ -165,11 +161,7 @@ async def pause_batch(request: Request, batch: str) -> Response:
 )
 async def resume_batch(request: Request, batch: str) -> Response:
     """A paused batch goes on, whatever it paused for."""
-
-    def work(store: Store, found: OpenAIBatch) -> None:
-        _apply(store, found, "resume", "running", lambda: store.resume(found.batch_id))
-
-    return await _change(request, batch, work)
+    return await _change(request, batch, lambda store, found: _apply(store, found, "resume", "running", store.resume))
 
 
 @router.post(
@@ -189,12 +181,12 @@ async def retry_batch(request: Request, batch: str) -> Response:
     return await _change(request, batch, work)
 
 
-def _apply(store: Store, batch: OpenAIBatch, what: str, wish: Wish, change: Callable[[], object]) -> None:
+def _apply(store: Store, batch: OpenAIBatch, what: str, wish: Wish, change: Callable[[str], object]) -> None:
     """Does this to a batch that runs; of one that is being validated it is noted, and done once it is one."""
     if batch.status not in ("validating", "in_progress"):
         raise _refused(batch, what)
     if not store.patience.call(openai_batches.wish, store.client, batch.batch_id, wish):
-        change()
+        change(batch.batch_id)
 
 
 def _refused(batch: OpenAIBatch, what: str, rest: str = "") -> Problem:

@@ -70,7 +70,7 @@ class Clerk:
             while True:
                 due = None
                 if len(self._working) < AT_ONCE:
-                    with suppress(StoreUnavailable, StoreFull):
+                    with suppress(StoreUnavailable):
                         busy = self._busy()
                         due = await self._threads.call(lambda store: openai_batches.take(store.client, busy=busy))  # noqa: B023
                 if due is None:
@@ -104,7 +104,7 @@ class Clerk:
     async def _renew(self, due: Due, unwanted: threading.Event) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            with suppress(StoreUnavailable, StoreFull):
+            with suppress(StoreUnavailable):
                 wanted = await self._threads.call(lambda store: openai_batches.renew(store.client, due.batch_id))
                 if due.step == "validate" and not wanted:
                     unwanted.set()

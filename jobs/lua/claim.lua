@@ -147,7 +147,7 @@ while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
   else
     redis.call('SET', KEYS[2], string.format('%.0f', score))
     hand(batch, indexes, crashes)
-    if redis.call('HGET', record(batch), 'total') == '1' then
+    if slices[#slices][11] == '1' then
       redis.call('ZREM', lane, batch)  -- all that a single has is handed out: nobody need look again
     else
       redis.call('ZADD', lane, string.format('%.0f', score + #indexes), batch)

@@ -177,9 +177,10 @@ local function close_if_over(batch)
     of(batch, 'quarantine'), of(batch, 'suspects'))
   local ttl = tonumber(n[7])
   redis.call('EXPIRE', b, ttl)
-  for _, part in ipairs({'requests', 'states', 'done', 'strays', 'openai'}) do redis.call('EXPIRE', of(batch, part), ttl) end
+  for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('EXPIRE', of(batch, part), ttl) end
   retire(batch, tonumber(n[1]), ttl)
   if n[11] == 'openai' then
+    redis.call('EXPIRE', of(batch, 'openai'), ttl)
     set_due(batch, now())  -- its files come first, then its event
   else
     post_event(batch)

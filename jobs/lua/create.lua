@@ -28,15 +28,19 @@
 local id = ARGV[1]
 local before = there_before(id, ARGV[6], ARGV[7]) or made_before(ARGV[15], ARGV[16])
 if before then return before end
-local o = redis.call('HMGET', of(id, 'openai'), 'tenant', 'failed_at', 'cancelled_at', 'cancelling_at', 'paused')
-if ARGV[18] == 'openai' and (not o[1] or o[2] or o[3] or o[4]) then return {'unwanted'} end
+local paused
+if ARGV[18] == 'openai' then
+  local o = redis.call('HMGET', of(id, 'openai'), 'tenant', 'failed_at', 'cancelled_at', 'cancelling_at', 'paused')
+  if not o[1] or o[2] or o[3] or o[4] then return {'unwanted'} end
+  paused = o[5]
+end
 if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[14]) then return {'unstaged'} end
 redis.call('RENAME', KEYS[2], of(id, 'requests'))
 redis.call('PERSIST', of(id, 'requests'))
 create_batch({id = id, lane = ARGV[2], label = ARGV[3], total = ARGV[4], size = ARGV[5], identity = ARGV[6],
   content = ARGV[7], ttl = ARGV[8], deadline = ARGV[9], deadline_at = ARGV[17], tenant = ARGV[10], answered = ARGV[11],
-  succeeded = ARGV[12], failed = ARGV[13], further = {unpack(ARGV, 19)}})
-if o[5] then
+  succeeded = ARGV[12], failed = ARGV[13], protocol = ARGV[18], further = {unpack(ARGV, 19)}})
+if paused then
   redis.call('HSET', record(id), 'state', 'paused')
   redis.call('HDEL', of(id, 'openai'), 'paused')
 end

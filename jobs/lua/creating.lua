@@ -40,7 +40,7 @@ local function remember_made(digest, id, key)
 end
 
 -- Makes the record of a batch whose requests lie where they belong, and lets it be found. `new` has id, lane, label, total,
--- size, identity, content, ttl, tenant, deadline (seconds from now, '' for none), deadline_at (unix seconds, '' or nil), answered (states of jobs answered before,
+-- size, identity, content, ttl, tenant, deadline (seconds from now, '' for none), deadline_at (unix seconds, '' or nil), protocol, answered (states of jobs answered before,
 -- '' for none), succeeded and failed (how many of these), and further fields of the record in turn.
 local function create_batch(new)
   local id, at = new.id, stamp(now())
@@ -55,8 +55,9 @@ local function create_batch(new)
   redis.call('ZADD', prefix .. 'batches', at, id)
   redis.call('SADD', prefix .. 'tenants', new.tenant)
   redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':batches', at, id)
-  local protocol = redis.call('HGET', record(id), 'protocol')
-  if protocol then redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':' .. protocol, 'NX', at, id) end
+  if new.protocol ~= '' then
+    redis.call('ZADD', prefix .. 'tenant:' .. new.tenant .. ':' .. new.protocol, 'NX', at, id)
+  end
   let_open(id, new.total, at)
   local deadline = tonumber(new.deadline_at) or new.deadline ~= '' and now() + tonumber(new.deadline)
   if deadline then

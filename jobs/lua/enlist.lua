@@ -27,7 +27,7 @@ while i <= #ARGV do
   else
     redis.call('HSET', of(id, 'requests'), unpack(ARGV, requests, further - 2))
     create_batch({id = id, lane = lane, label = label, total = '1', size = ARGV[1], identity = identity, content = content,
-      ttl = ttl, deadline = deadline, tenant = tenant, answered = '', succeeded = '0', failed = '0',
+      ttl = ttl, deadline = deadline, tenant = tenant, answered = '', succeeded = '0', failed = '0', protocol = '',
       further = {unpack(ARGV, further, i - 1)}})
     if join ~= '' then
       redis.call('ZADD', prefix .. 'joins:' .. join, stamp(now()), id)
