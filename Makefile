@@ -60,7 +60,7 @@ docs: setup ## make the documents that are made from the code
 lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
 	@command -v uv >/dev/null || { echo "lock: needs uv on PATH" >&2; exit 1; }
 	@uv pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header --no-strip-extras --quiet \
-		--upgrade --group dev pyproject.toml -o requirements.lock
+		--upgrade --extra postgres --group dev pyproject.toml -o requirements.lock
 
 clean: ## remove .venv, caches and the demo's output; the data folder .mimoq stays
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* dist

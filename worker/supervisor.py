@@ -49,7 +49,9 @@ class Supervisor:
                 del self._children[place]
                 if self._stopping:
                     # SIGTERM ends one at once that had not begun yet.
-                    status = status or int(code not in (0, -signal.SIGTERM))
+                    if code not in (0, -signal.SIGTERM):
+                        print(f"mimoq worker: a worker process ended with {code}", file=sys.stderr)
+                        status = status or 1
                 elif code == 2 or self._deaths.too_many(self._started_at[place], code):
                     print(f"mimoq worker: a worker process ended with {code}; giving up", file=sys.stderr)
                     status = code if code == 2 else 1

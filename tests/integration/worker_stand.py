@@ -80,7 +80,7 @@ class Process:
             found = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it still runs: {self.log.read_text(errors='replace')}") from None
-        assert found == status, self.log.read_text(errors="replace")
+        assert found == status, f"ended with {found}: {self.log.read_text(errors='replace')}"
 
     def end(self) -> int:
         """Its exit status after SIGTERM."""
