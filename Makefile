@@ -57,10 +57,13 @@ format: setup ## format the code and mend what the linter can
 docs: setup ## make the documents that are made from the code
 	@$(BIN)/python -m ops.docs
 
-lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
+LOCK := uv pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header --no-strip-extras \
+	--quiet --extra postgres pyproject.toml
+
+lock: ## resolve pyproject.toml anew into requirements.lock, and the image's part of it (needs uv)
 	@command -v uv >/dev/null || { echo "lock: needs uv on PATH" >&2; exit 1; }
-	@uv pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header --no-strip-extras --quiet \
-		--upgrade --extra postgres --group dev pyproject.toml -o requirements.lock
+	@$(LOCK) --upgrade --group dev -o requirements.lock
+	@$(LOCK) --constraint requirements.lock -o requirements-image.lock
 
 clean: ## remove .venv, caches and the demo's output; the data folder .mimoq stays
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* dist

@@ -90,6 +90,9 @@ async def submit_batch(
     metadata: Annotated[
         str | None, Query(max_length=12_000, description="Of JSON lines: pairs of your own, a JSON object.")
     ] = None,
+    link: Annotated[
+        str | None, Query(max_length=12_000, description="Of JSON lines: the task that follows each, a JSON object.")
+    ] = None,
 ) -> Response:
     """As JSON, its requests inline; or as JSON lines (`application/jsonl`), read as a stream. All or nothing."""
     core, caller = core_of(request), caller_of(request)
@@ -102,6 +105,7 @@ async def submit_batch(
             "max_attempts": max_attempts,
             "callback_url": callback_url,
             "metadata": None if metadata is None else bodies.decode(metadata.encode(), _anything),
+            "link": None if link is None else bodies.decode(link.encode(), _anything),
         }
         try:
             options = msgspec.convert(given, NewBatchOptions)

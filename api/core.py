@@ -90,7 +90,7 @@ class Core:
         self.model = None if settings.endpoint_path else settings.model
         self.spool = Spool(settings.files_dir or settings.data_dir / "files")
         self._clerk_threads = StoreThreads(self.connection, "clerk", AT_ONCE + 1)
-        self.clerk = Clerk(self._clerk_threads, self.spool, self.ringer, settings, self.label, self.model)
+        self.clerk = Clerk(self._clerk_threads, self.spool, self.ringer, settings, self.model)
         self._keeper = Keeper(self.checks, self.spool)
         self.client = connect_async(self.connection.redis_url)
         self.waiters = Waiters(self.client)
@@ -177,7 +177,7 @@ class Core:
     def _commit(self, store: Store, singles: Sequence[Single]) -> Sequence[Enlisted | Exception]:
         room = self._room
         if room is None:
-            room = self._room = Room(store.client, store.results_client)
+            room = self._room = Room(store.client, store.backend)
         came = enlist(store.client, singles, store.patience, room)
         for single, item in zip(singles, came, strict=True):
             if isinstance(item, Enlisted) and item.created:
@@ -241,4 +241,4 @@ async def _end(task: asyncio.Task[None], patience_s: float) -> None:
 
 
 def _look(store: Store, wanted: Sequence[Wanted]) -> list[JobLook | None]:
-    return store.patience.call(look, store.client, store.results_client, wanted)
+    return store.patience.call(look, store.client, store.backend, wanted)

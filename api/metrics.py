@@ -22,6 +22,7 @@ from jobs.limits import all_limits
 from jobs.metrics import (
     BATCHES,
     DELIVERIES,
+    FOLLOWUPS_PENDING,
     GATE_PROBE,
     GATE_SHUT,
     HTTP_REQUESTS,
@@ -132,26 +133,28 @@ def read(client: redis.Redis, settings: Settings) -> dict[Cell, float]:
         pipe.hgetall(keys.METRICS)
         pipe.zcard(keys.OPEN)
         pipe.zcard(keys.OUTBOX)
-        (seconds, micros), raw, open_batches, pending = pipe.execute()
+        pipe.zcard(keys.FOLLOWUPS)
+        (seconds, micros), raw, open_batches, pending, followups = pipe.execute()
         now = seconds + micros / 1e6
         cells = totals(raw)
         cells |= {
             (STORE_UP.name,): 1,
             (OPEN_BATCHES.name,): open_batches,
             (WEBHOOKS_PENDING.name,): pending,
+            (FOLLOWUPS_PENDING.name,): followups,
             (WEBHOOKS_DEAD.name,): dead_count(client),
         }
         cells |= _jobs(any_client, now, open_batches)
     cells |= _limits(client, settings, now)
     serving = Counter(lane for worker in live_workers(client) for lane in worker.lanes)
-    cells |= {(WORKERS.name, lane): serving[lane] for lane in keys.LANES}
+    cells |= {(WORKERS.name, lane): serving[lane] for lane in keys.SERVED}
     return cells
 
 
 def _jobs(client: Any, now: float, open_batches: int) -> dict[Cell, float]:
     """The figures of the oldest open batches; of lanes whose ready jobs are all in younger ones, those of the next there."""
     cells: dict[Cell, float] = {(OPEN_BATCHES_READ.name,): 0}
-    for lane in keys.LANES:
+    for lane in keys.SERVED:
         cells |= {(JOBS.name, state, lane): 0 for state in ("queued", "running")}
         cells |= {(metric.name, lane): 0 for metric in (READY_JOBS, OLDEST_READY)}
     end = time.monotonic() + STEPS_S
@@ -164,7 +167,7 @@ def _jobs(client: Any, now: float, open_batches: int) -> dict[Cell, float]:
         if time.monotonic() >= end:
             break
     if cells[OPEN_BATCHES_READ.name,] < open_batches:
-        for lane in keys.LANES:
+        for lane in keys.SERVED:
             if not cells[READY_JOBS.name, lane]:
                 for _, lanes in _steps(client, NEXT, lane):
                     _ready(cells, lanes, now)

@@ -101,7 +101,7 @@ def _block(core: Core, store: Store, caller: Caller, batch_id: str, start: int) 
     # One that was queued again stands there once more when it ends again; the last line of it in a block tells.
     last = {index: place for place, index in enumerate(indexes, start + 1)}
     wanted = [Wanted(caller.tenant, batch_id, index) for index in last]
-    looks = store.patience.call(look, store.client, store.results_client, wanted)
+    looks = store.patience.call(look, store.client, store.backend, wanted)
     lines = [
         one_line(encode(job_view(found, core.settings, cursor=cursor))) + b"\n"
         for found, cursor in zip(looks, last.values(), strict=True)

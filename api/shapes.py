@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType, field
 
+from jobs.links import NAME
 from jobs.requests import CHAT, MAX_CUSTOM_ID
 from jobs.results import NO_BODY, Attempt, Usage
 
@@ -24,6 +25,8 @@ MOST_DEADLINE_S = 366 * 86_400
 
 Endpoint = Literal["/v1/chat/completions", "/v1/messages"]
 Lane = Literal["interactive", "bulk"]
+#: Where a job may be found: also in the lane of Celery pipelines.
+AnyLane = Literal["interactive", "bulk", "complete"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 BatchStateName = Literal["running", "paused", "cancelling", "finished"]
 
@@ -55,6 +58,17 @@ CustomId = Annotated[
 Body = Annotated[Raw, Meta(description="The body of a call, sent upstream as it is; checked by the endpoint's rules.")]
 
 
+class LinkTo(msgspec.Struct, forbid_unknown_fields=True):
+    """A task of the operator's own Celery apps that gets the job's id once the job has ended, whichever way."""
+
+    task: Annotated[str, Meta(pattern=NAME, description="Its name; the operator says which may be named.")]
+    queue: Annotated[str, Meta(pattern=NAME)] | None = None
+    kwargs: Annotated[dict[str, Any], Meta(description="What it gets beside the id, up to 4,096 bytes.")] | None = None
+
+    def __repr__(self) -> str:
+        return f"LinkTo({self.task!r})"
+
+
 class NewJob(msgspec.Struct, forbid_unknown_fields=True):
     """A job to be submitted."""
 
@@ -66,6 +80,7 @@ class NewJob(msgspec.Struct, forbid_unknown_fields=True):
     metadata: Metadata | None = None
     callback_url: Callback | None = None
     max_attempts: Attempts | None = None
+    link: LinkTo | None = None
 
     def __repr__(self) -> str:
         return f"NewJob({self.endpoint}, {len(bytes(self.request))} bytes)"
@@ -80,6 +95,7 @@ class NewBatchOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: Metadata | None = None
     callback_url: Callback | None = None
     max_attempts: Attempts | None = None
+    link: LinkTo | None = None
 
 
 class NewBatchBody(NewBatchOptions, kw_only=True):
@@ -117,7 +133,7 @@ class Job(msgspec.Struct, kw_only=True):
     custom_id: str | None
     endpoint: str
     state: State
-    lane: Lane
+    lane: AnyLane
     metadata: dict[str, str]
     callback_url: str | None
     created_at: float
@@ -166,7 +182,7 @@ class Batch(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["job_batch"] = "job_batch"
     state: BatchStateName
-    lane: Lane
+    lane: AnyLane
     counts: Counts
     usage: Usage
     attempts: int

@@ -12,8 +12,9 @@ from api.addresses import check_url
 from api.auth import Caller
 from api.core import Core
 from api.problems import Problem
-from api.shapes import NewBatchOptions, NewJob
+from api.shapes import LinkTo, NewBatchOptions, NewJob
 from jobs.identity import key_identity
+from jobs.links import Link, allows, written
 from jobs.submission import NewBatch
 
 #: Characters of an idempotency key.
@@ -40,7 +41,7 @@ def new_batch(
 ) -> NewBatch:
     """What is made with these options; `content` and `beside` are digests of what must be the same when the key comes again.
 
-    Raises a `Problem`, or `UsageError` for an address that can't be called back.
+    Raises a `Problem`, or `UsageError` for an address that can't be called back or a link that is too long.
     """
     if options.callback_url is not None:
         check_url(options.callback_url, core.settings)
@@ -57,7 +58,21 @@ def new_batch(
         metadata=msgspec.json.encode(options.metadata).decode() if options.metadata else "",
         tenant=caller.tenant,
         callback=options.callback_url or "",
+        followup=_followup(core, options.link),
     )
+
+
+def _followup(core: Core, link: LinkTo | None) -> str:
+    """A link as the store keeps it. Raises a `Problem` where it is none that the operator allows."""
+    if link is None:
+        return ""
+    if not allows(core.settings.api_link_tasks, link.task):
+        raise Problem(
+            403,
+            "link_not_allowed",
+            "link: this task may not be named here; the operator allows some by MIMOQ_API_LINK_TASKS",
+        )
+    return written(Link(link.task, link.queue, link.kwargs or {}))
 
 
 def identity_of(caller: Caller, key: str) -> str:

@@ -44,7 +44,7 @@ class StoreThreads:
         store: Store | None = getattr(self._own, "store", None)
         if store is None:
             bare = self._connection.bare
-            self._own.store = store = Store(bare.client, bare.results_client, self.patience())
+            self._own.store = store = Store(bare.client, bare.backend, self.patience())
         return store
 
     def patience(self) -> Patience:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jobs import identity
+from jobs import identity, keys, tls
 from jobs.connections import celery_url
 from jobs.errors import StoreUnavailable
-from jobs.keys import LANES
+from jobs.keys import SERVED
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,38 +25,35 @@ if TYPE_CHECKING:
 RING = "mimoq.ring"
 #: Rings flushed to the broker together.
 RING_BLOCK = 500
-#: What RabbitMQ makes of our queues; Redis has but one kind. A ring may be lost, so it needs no replicas. Said in so many
-#: words, it is the same queue that another app's `send_task` declares by saying nothing, and also where the default of
-#: the virtual host is another type, which Celery would have to be told of (no global QoS).
-QUEUE_ARGUMENTS = {"x-queue-type": "classic"}
+#: Seconds after which a message that was taken off Redis and neither acked nor given back is delivered again. One is
+#: held for a minute while it waits for room, and may have waited as long behind others that its process had fetched.
+VISIBILITY_S = 180.0
 #: Seconds after which a silent RabbitMQ counts as gone.
 SILENT_S = 30.0
 
 
-def make_app(settings: Settings, redis_url: str) -> Celery:
-    """The Celery app for these settings; `redis_url` is the store, used where no broker or backend is set."""
+def make_app(settings: Settings, redis_url: str, *, acknowledges: bool = False) -> Celery:
+    """The Celery app for these settings; `redis_url` is the store, used where no broker or backend is set.
+
+    `acknowledges` is for processes whose messages must not be lost: those of Celery pipelines, which may be the only copy
+    of a job. Raises `UsageError` for an address that can't be read.
+    """
     from celery import Celery
-    from kombu.entity import Queue
+
+    from jobs.queues import AMQP, found
 
     broker = settings.broker_url.get_secret_value() if settings.broker_url else celery_url(redis_url)
     backend = settings.result_backend.get_secret_value() if settings.result_backend else celery_url(redis_url)
-    app = Celery("mimoq", broker=broker, backend=backend, set_as_current=False)
-    options: dict[str, Any] = {}
-    if broker.startswith(("amqp", "pyamqp")):
-        options = {"read_timeout": SILENT_S, "write_timeout": SILENT_S}
-    elif broker.startswith(("redis", "rediss")):
-        # A ring may be lost, so it needs no record of unacked messages, which costs two round trips each.
-        # The polling interval is how long one BRPOP waits, and a worker that ends waits for its last one.
-        options = {
-            "ack_emulation": False,
-            "polling_interval": 0.2,
-            "socket_timeout": 30,
-            "socket_connect_timeout": 5,
-        }
-        if not broker.startswith("redis+socket"):
-            options |= {"socket_keepalive": True, "health_check_interval": 15}
+    broker, broker_tls = tls.split(broker, "MIMOQ_BROKER_URL" if settings.broker_url else "MIMOQ_REDIS_URL")
+    backend_tls = None
+    if backend.startswith("redis"):
+        backend, backend_tls = tls.split(
+            backend, "MIMOQ_RESULT_BACKEND" if settings.result_backend else "MIMOQ_REDIS_URL"
+        )
+    app = Celery("mimoq", broker=broker, backend=backend, set_as_current=False, amqp=AMQP)
     app.conf.update(
-        broker_transport_options=options,
+        broker_transport_options=_transport_options(broker, acknowledges),
+        broker_use_ssl=broker_tls,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
@@ -64,11 +61,11 @@ def make_app(settings: Settings, redis_url: str) -> Celery:
         task_acks_late=True,
         task_ignore_result=True,
         task_queues=[
-            Queue(identity.queue(lane, upstream), queue_arguments=QUEUE_ARGUMENTS)
-            for lane in LANES
-            for upstream in ("", identity.SIMULATED)
+            found(name, settings.queue_type)
+            for lane in SERVED
+            for name in (identity.queue(lane, ""), identity.queue(lane, identity.SIMULATED))
         ],
-        task_default_queue=identity.queue("bulk", ""),
+        task_default_queue=settings.default_queue,
         task_send_sent_event=False,
         worker_send_task_events=False,
         worker_prefetch_multiplier=1,
@@ -78,13 +75,46 @@ def make_app(settings: Settings, redis_url: str) -> Celery:
         # hear rings.
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_enable_prefetch_count_reduction=False,
-        result_compression="gzip" if settings.result_compression == "gzip" else None,
+        # Other backends of Celery have no way to it, and say so with a warning.
+        result_compression="gzip" if settings.result_compression == "gzip" and backend.startswith("redis") else None,
         result_expires=settings.result_ttl_s,
+        redis_backend_use_ssl=backend_tls,
         redis_socket_timeout=10.0,
         redis_backend_health_check_interval=None if "socket" in backend.split("://")[0] else 15,
         redis_retry_on_timeout=True,
     )
     return app
+
+
+def _transport_options(broker: str, acknowledges: bool) -> dict[str, Any]:
+    if broker.startswith(("amqp", "pyamqp")):
+        # Unconfirmed, RabbitMQ may lose what is sent to it without a word. A ring may be lost: `Bell` does without.
+        return {"read_timeout": SILENT_S, "write_timeout": SILENT_S, "confirm_publish": True}
+    if not broker.startswith("redis"):
+        return {}
+    # A ring may be lost, so it needs no record of unacked messages, which costs two round trips each.
+    # The polling interval is how long one BRPOP waits, and a worker that ends waits for its last one.
+    options: dict[str, Any] = {
+        "ack_emulation": acknowledges,
+        "polling_interval": 0.2,
+        "socket_timeout": 30,
+        "socket_connect_timeout": 5,
+    }
+    if acknowledges:
+        options |= {
+            "visibility_timeout": VISIBILITY_S,
+            # kombu would look for overdue messages every 100 s, and keep the lock of a dead process for 300.
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 30,
+            # Other apps on this Redis have a timeout of their own, by which theirs are to be judged.
+            "unacked_key": keys.UNACKED,
+            "unacked_index_key": keys.UNACKED_INDEX,
+            "unacked_mutex_key": keys.UNACKED_LOCK,
+        }
+    if not broker.startswith("redis+socket"):
+        options |= {"socket_keepalive": True, "health_check_interval": 15}
+    return options
 
 
 class Bell:
@@ -98,11 +128,12 @@ class Bell:
         if times <= 0:
             return
         name = identity.queue(lane, upstream)
-        with self._errors(), self._app.producer_or_acquire() as producer, producer.batch(RING_BLOCK):
+        with self._errors(), self._producers().acquire(block=True) as producer, producer.batch(RING_BLOCK):
             for _ in range(times):
                 self._app.send_task(RING, (batch_id,), queue=name, producer=producer, ignore_result=True)
             if producer.connection.transport.driver_type == "amqp":
-                # RabbitMQ takes messages without a word, and a cut connection takes some more: one answer for all of them.
+                # RabbitMQ takes messages without a word, and a cut connection takes some more. One answer for all of them:
+                # a confirmation of each would take three times as long.
                 producer.channel.queue_declare(name, passive=True)
 
     def depth(self, lane: str, upstream: str) -> int:
@@ -113,6 +144,13 @@ class Bell:
                 return int(channel.queue_declare(name, passive=True).message_count)
             except connection.channel_errors:
                 return 0
+
+    def _producers(self) -> Any:
+        from kombu.pools import producers
+
+        if not self._app.conf.broker_transport_options.get("confirm_publish"):
+            return self._app.producer_pool
+        return producers[self._app.connection_for_write(transport_options={"confirm_publish": False})]
 
     @staticmethod
     @contextmanager
@@ -125,6 +163,7 @@ class Bell:
         try:
             yield
         except (*away, RedisError, OSError) as error:
-            raise StoreUnavailable(
-                f"the broker does not answer ({type(error).__name__}): check MIMOQ_BROKER_URL"
-            ) from None
+            hint = "check MIMOQ_BROKER_URL"
+            if tls.untrusted(error):
+                raise StoreUnavailable(f"the broker's certificate is not trusted: {hint}, {tls.HINT}") from None
+            raise StoreUnavailable(f"the broker does not answer ({type(error).__name__}): {hint}") from None

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from jobs import keys
+from jobs import keys, tls
 from jobs.errors import SchemaVersionError, StoreFull, StoreRefused, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:
     import redis
     import redis.asyncio
-
-    from jobs.settings import Settings
 
 SCHEMA_VERSION = 1
 
@@ -28,21 +26,22 @@ CONNECT_TIMEOUT_S = 5.0
 DISK_FULL = "Redis can't write to its disk: make room there; nothing was lost"
 
 
-def connect(url: str, silent_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
+def connect(url: str, silent_s: float = SOCKET_TIMEOUT_S, setting: str = "MIMOQ_REDIS_URL") -> redis.Redis:
     """A sync client; replies are bytes. Raises `UsageError` for an address that can't be read.
 
-    A server that is silent for `silent_s` counts as gone.
+    A server that is silent for `silent_s` counts as gone. `setting` is where the address comes from.
 
     It tries nothing twice: who waits for a store that is away (`jobs.patience`), or must not, says so itself.
     """
     import redis
 
+    tls.split(url, setting)  # says more of what is wrong in it than redis-py would, which also looks later
     try:
         client = redis.Redis.from_url(url, **(_options(url) | {"socket_timeout": silent_s}))
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)  # would else fail at the first command
     except (TypeError, ValueError):  # whose message may hold a part of the password
-        raise UsageError("the address of Redis can't be read: check MIMOQ_REDIS_URL and its options") from None
+        raise UsageError(f"the address of Redis can't be read: check {setting} and its options") from None
     return client
 
 
@@ -83,20 +82,7 @@ def celery_url(url: str) -> str:
         return url
     query = parse_qs(parts.query)
     db = query.get("db", ["0"])[0]
-    return f"redis+socket://{parts.path}?virtual_host={db}"
-
-
-def results_url(settings: Settings, redis_url: str) -> str:
-    """The Redis that holds results, as redis-py spells it. Raises `UsageError` for another kind of backend."""
-    if settings.result_backend is None:
-        return redis_url
-    url = settings.result_backend.get_secret_value()
-    if url.startswith("redis+socket://"):
-        path, _, query = url.removeprefix("redis+socket://").partition("?")
-        return f"unix://{path}" + (f"?db={query.removeprefix('virtual_host=')}" if query else "")
-    if not url.startswith(("redis://", "rediss://")):
-        raise UsageError("MIMOQ_RESULT_BACKEND: must begin with redis://, rediss:// or redis+socket://")
-    return url
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={db}"
 
 
 @contextmanager
@@ -119,6 +105,8 @@ def redis_errors(hint: str = "; nothing was lost", opening: bool = False) -> Ite
     except redis.RedisError as error:
         if "MISCONF" in str(error):
             raise StoreFull(DISK_FULL) from None
+        if tls.untrusted(error):
+            raise StoreRefused(f"Redis's certificate is not trusted: check MIMOQ_REDIS_URL, {tls.HINT}") from None
         cause = error.__context__
         if opening and isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
             raise StoreRefused(f"Redis's host is not known{hint}") from None

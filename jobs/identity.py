@@ -36,7 +36,7 @@ def served_labels(settings: Settings) -> list[str]:
 
 
 def queue(lane: str, upstream: str) -> str:
-    """The Celery queue that carries the rings of a lane; simulated work has its own, so no real worker hears it."""
+    """The Celery queue of a lane (of `mimoq.complete`, too); simulated work has its own, so no real worker hears it."""
     return f"mimoq.{SIMULATED}.{lane}" if upstream == SIMULATED else f"mimoq.{lane}"
 
 

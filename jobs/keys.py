@@ -19,11 +19,12 @@ DUE = PREFIX + "due"  # zset: batch id -> unix time of its earliest scheduled re
 LEASES = PREFIX + "leases"  # zset: fencing token -> unix time its lease ends
 WORKERS = PREFIX + "workers"  # zset: worker id -> unix time of its last heartbeat
 REAPER = PREFIX + "reaper"  # string: the worker that reaps, with expiry
-ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another Redis than this one
-REVOKED = PREFIX + "revoked"  # list: `<job id> <result>` of cancelled or expired jobs, to be told to that other Redis
+ELSEWHERE = PREFIX + "elsewhere"  # string: there while results live in another backend than this Redis
+REVOKED = PREFIX + "revoked"  # list: `<job id> <result>` of cancelled or expired jobs, to be told to that backend
 RETIRING = (
     PREFIX + "retiring"
 )  # hash: batch id -> `<next index>:<total>:<unix time its results go>`, until all are told
+CLEANED = PREFIX + "cleaned"  # string with expiry: there while the results' backend was cleaned up lately
 ROUNDS = PREFIX + "rounds"  # hash: last = unix time of the reaper's last round, patient_until
 DEATHS = PREFIX + "deaths"  # zset: worker id -> unix time of its last heartbeat, of those whose lease ran out lately
 QUARANTINED = PREFIX + "quarantined"  # string: the worker that calls what may kill it, with expiry
@@ -37,8 +38,14 @@ DEAD = PREFIX + "outbox:dead"  # zset: event id -> unix time its delivery was gi
 OPENAI_DUE = PREFIX + "openai:due"  # zset: tenant -> unix time at which it is its turn to have an OpenAI batch seen to
 FILES = PREFIX + "files"  # zset: file id -> unix time at which it expires, of uploaded files that do
 METRICS = PREFIX + "metrics"  # hash: what all processes have counted
+FOLLOWUPS = PREFIX + "followups"  # zset: job id -> unix time at which its follow-up is due
+FOLLOWUP_TRIES = PREFIX + "followups:tries"  # hash: job id -> how often its follow-up was begun
+# kombu's record of messages that are taken and not yet acked, in the broker's Redis: hash, zset, string.
+UNACKED, UNACKED_INDEX, UNACKED_LOCK = PREFIX + "unacked", PREFIX + "unacked_index", PREFIX + "unacked_lock"
 
 LANES = ("interactive", "bulk")
+COMPLETE = "complete"  # the lane of Celery pipelines, which no submit names
+SERVED = (*LANES, COMPLETE)  # lanes that worker processes serve
 
 
 def batch(batch_id: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from jobs import keys
+from jobs.backends import ResultBackend
 from jobs.blocks import decode_block, decode_large
 from jobs.connections import redis_errors
 from jobs.requests import Request
@@ -70,8 +71,8 @@ class JobLook:
     stored: StoredResult | None = field(repr=False)
 
 
-def look(client: Any, results: Any, wanted: Sequence[Wanted]) -> list[JobLook | None]:
-    """The jobs, None where the tenant has no such job; `results` is the client of the Redis that holds results."""
+def look(client: Any, backend: ResultBackend, wanted: Sequence[Wanted]) -> list[JobLook | None]:
+    """The jobs, None where the tenant has no such job; `backend` is where their results are."""
     if not wanted:
         return []
     arguments: list[Any] = [len(FIELDS), *FIELDS]
@@ -79,30 +80,28 @@ def look(client: Any, results: Any, wanted: Sequence[Wanted]) -> list[JobLook | 
         arguments += item
     with redis_errors():
         replies = _look(client, [keys.PREFIX], arguments)
-        answers = _answers(client, results, wanted, replies)
+    answers = _answers(backend, wanted, replies)
     return [
         None if reply is None else _job(client, item, reply, answer)
         for item, reply, answer in zip(wanted, replies, answers, strict=True)
     ]
 
 
-def _answers(client: Any, results: Any, wanted: Sequence[Wanted], replies: list[Any]) -> list[bytes | None]:
+def _answers(backend: ResultBackend, wanted: Sequence[Wanted], replies: list[Any]) -> list[StoredResult | None]:
     """Stored results of those that have ended, from wherever they are kept."""
-    if results is client:
-        return [None if reply is None else reply[4] or None for reply in replies]
+    if backend.with_state:
+        return [decode_result(reply[4]) if reply is not None and reply[4] else None for reply in replies]
     ended = [place for place, reply in enumerate(replies) if reply is not None and reply[0]]
-    answers: list[bytes | None] = [None] * len(replies)
-    if ended:
-        names = [keys.result(job_id(wanted[place].batch_id, wanted[place].place)) for place in ended]
-        for place, payload in zip(ended, results.mget(names), strict=True):
-            answers[place] = payload
+    answers: list[StoredResult | None] = [None] * len(replies)
+    found = backend.read([job_id(wanted[place].batch_id, wanted[place].place) for place in ended])
+    for place, stored in zip(ended, found, strict=True):
+        answers[place] = stored
     return answers
 
 
-def _job(client: Any, item: Wanted, reply: list[Any], answer: bytes | None) -> JobLook:
+def _job(client: Any, item: Wanted, reply: list[Any], stored: StoredResult | None) -> JobLook:
     byte, claimed, not_before, attempts, _, block, *values = reply
     record = dict(zip(FIELDS, (value.decode() for value in values), strict=True))
-    stored = decode_result(answer) if answer is not None else None
     about = stored.mimoq if stored is not None else None
     if byte:
         state = TERMINAL[byte[0]]

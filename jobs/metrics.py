@@ -205,6 +205,17 @@ REAPER_ACTIONS = Metric(
     ("action",),
 )
 
+FOLLOWUPS = Metric(
+    "followups_total",
+    "counter",
+    WORKER,
+    "Follow-ups of ended jobs (links, tasks of pipelines): done, failed (tried again later), given_up.",
+    ("result",),
+)
+FOLLOWUPS_PENDING = Metric(
+    "followups_pending", "gauge", STORE, "Follow-ups of ended jobs that are still to be seen to."
+)
+
 # -- the API
 
 HTTP_REQUESTS = Metric(

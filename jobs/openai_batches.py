@@ -38,6 +38,7 @@ _FIELDS = (
     "callback",
     "model",
     "lane",
+    "label",
     "lenient",
     "identity",
     "content",
@@ -84,6 +85,7 @@ class NewOpenAIBatch:
     lenient: bool = False
     model: str = ""
     lane: str = "bulk"
+    label: str = ""
     again: bool = False
 
     def fields(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class NewOpenAIBatch:
             "lenient": "1" if self.lenient else "",
             "model": self.model,
             "lane": self.lane,
+            "label": self.label,
         }
         return {name: value for name, value in fields.items() if value not in ("", None)}
 
@@ -118,6 +121,7 @@ class OpenAIBatch:
     callback: str
     model: str
     lane: str
+    label: str
     lenient: bool
     identity: str = field(repr=False)
     content: str = field(repr=False)
@@ -282,6 +286,7 @@ def _batch(batch_id: str, values: Sequence[bytes | None], status: BatchStatus | 
         callback=record.get("callback", ""),
         model=record.get("model", ""),
         lane=record.get("lane", "bulk"),
+        label=record.get("label", ""),
         lenient="lenient" in record,
         identity=record["identity"],
         content=record["content"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -145,6 +145,13 @@ class _Refusal(msgspec.Struct):
 #: What the error object of OpenAI's protocol has.
 _ERROR_KEYS = frozenset({"message", "type", "param", "code"})
 
+#: What stands between the parts of a stored value.
+_BEGIN = b'{"status":"'
+_RESULT = b'","result":'
+_REST = b',"traceback":null,"children":[],"date_done":'
+_TASK_ID = b',"task_id":"'
+_ABOUT = b'","mimoq":'
+
 _encode = msgspec.json.Encoder().encode
 _decode_any = msgspec.json.Decoder().decode
 _decode = msgspec.json.Decoder(StoredResult).decode
@@ -172,15 +179,17 @@ def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: boo
     done = datetime.now(UTC).replace(tzinfo=None).isoformat().encode()
     value = b"".join(
         (
-            b'{"status":"',
+            _BEGIN,
             status,
-            b'","result":',
+            _RESULT,
             result,
-            b',"traceback":null,"children":[],"date_done":"',
+            _REST,
+            b'"',
             done,
-            b'","task_id":"',
+            b'"',
+            _TASK_ID,
             job_id.encode(),
-            b'","mimoq":',
+            _ABOUT,
             _encode(about),
             b"}",
         )
@@ -188,12 +197,42 @@ def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: boo
     return GZIP + zlib.compress(value, 6) if compress else value
 
 
+def unpack(payload: bytes) -> bytes:
+    """What was packed, without its compression. Raises `zlib.error` where that is spoilt."""
+    return zlib.decompress(payload[len(GZIP) :]) if payload.startswith(GZIP) else payload
+
+
+class Parts(NamedTuple):
+    """A stored value taken apart: `result` and `about` are JSON as it came, `date_done` is ISO 8601 in UTC, '' for none."""
+
+    status: str
+    result: bytes
+    about: bytes
+    date_done: str
+
+
+def split(payload: bytes) -> Parts:
+    """Takes apart what was packed here, or written by a script (common.lua, revoke), without parsing any JSON.
+
+    Raises `ValueError` when it is neither.
+    """
+    try:
+        value = unpack(payload)
+        status = value[len(_BEGIN) : value.index(b'"', len(_BEGIN))]
+        start = len(_BEGIN) + len(status) + len(_RESULT)
+        # Of a success the body may hold the very same text, of all others what is beside it: the upstream's error.
+        end = value.rindex(_REST, start) if status == b"SUCCESS" else value.index(_REST, start)
+        date_done, _, rest = value[end + len(_REST) :].partition(_TASK_ID)
+        about = rest.partition(_ABOUT)[2]
+    except (zlib.error, ValueError):
+        raise ValueError("a result is not one of ours") from None
+    return Parts(status.decode(), value[start:end], about[:-1], date_done.decode().strip('"').replace("null", ""))
+
+
 def decode_result(payload: bytes) -> StoredResult:
     """Reads a stored value back. Raises `ValueError` when it is not one of ours."""
     try:
-        if payload.startswith(GZIP):
-            payload = zlib.decompress(payload[len(GZIP) :])
-        return _decode(payload)
+        return _decode(unpack(payload))
     except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
 

@@ -1,7 +1,7 @@
 """Room for answers: a submit that Redis could not hold the answers of is refused before anything is called.
 
 Redis out of memory would stop every batch, and answers that were paid for would wait in workers. Where Redis has no
-`maxmemory`, or does not let its user ask, nothing is refused.
+`maxmemory`, or does not let its user ask, and where results are kept on disks, nothing is refused.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import keys
+from jobs.backends import ResultBackend
 from jobs.connections import redis_errors
-from jobs.errors import NoRoom, StoreRefused
+from jobs.errors import NoRoom
 
 #: Bytes an answer is expected to take while no batch tells: a thousand tokens of text, compressed, and its record.
 ANSWER_BYTES = 2_048
@@ -39,11 +40,11 @@ class _Look:
 
 
 class Room:
-    """Watches the room of the Redis that holds results; `client` is the store's own. For one thread."""
+    """Watches the room of the backend that holds results; `client` is the store's own. For one thread."""
 
-    def __init__(self, client: Any, results: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, client: Any, backend: ResultBackend, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
-        self._results = results
+        self._backend = backend
         self._clock = clock
         self._free = 0.0
         self._asked_at: float | None = None
@@ -51,14 +52,14 @@ class Room:
 
     def check(self, jobs: int, size: int) -> None:
         """Raises `NoRoom` when the answers of so many new jobs, beside `size` bytes about to be written, find no room."""
+        free = self._free_bytes()
+        if free is None:
+            return
         with redis_errors():
-            free = self._free_bytes()
-            if free is None:
-                return
             look = self._look
             if look is None or self._clock() - look.at > LOOK_S:
                 self._look = look = self._look_around()
-        written = size if self._results is self._client else 0
+        written = size if self._backend.with_state else 0
         needed = (look.outstanding + jobs) * look.answer_bytes + written
         if needed > free:
             others = f" beside {look.outstanding:,} of other batches" if look.outstanding else ""
@@ -78,18 +79,12 @@ class Room:
         now = self._clock()
         if self._asked_at is not None and now - self._asked_at <= LOOK_S:
             return None
-        try:
-            with redis_errors():
-                memory = self._results.info("memory")
-        except StoreRefused:
-            memory = {}
-        limit = int(memory.get("maxmemory", 0))
-        if not limit:
+        memory = self._backend.memory()
+        if memory is None:
             self._asked_at = now
             return None
         self._asked_at = None
-        used = int(memory["used_memory"]) - int(memory.get("mem_not_counted_for_evict", 0))
-        return limit * (1 - MARGIN) - used
+        return memory.limit * (1 - MARGIN) - memory.used
 
     def _look_around(self) -> _Look:
         now = self._clock()

@@ -67,7 +67,16 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None, description="The store (`redis://`, `rediss://` or `unix://`). Unset: an embedded Valkey in DATA_DIR."
     )
-    broker_url: SecretStr | None = Field(None, description="Celery broker. Unset: REDIS_URL.")
+    broker_url: SecretStr | None = Field(
+        None,
+        description="Celery broker (`redis://`, `rediss://`, `redis+socket://`, `amqp://` or `amqps://`). Unset: REDIS_URL.",
+    )
+    queue_type: Literal["quorum", "classic"] = Field(
+        "quorum", description="Type of the queues that are made on RabbitMQ; one that is there is used as it is."
+    )
+    default_queue: Annotated[str, Field(min_length=1)] = Field(
+        "celery", description="Queue of a pipeline's tasks that name none: the default queue of the app they are of."
+    )
     result_backend: SecretStr | None = Field(None, description="Celery result backend. Unset: REDIS_URL.")
     result_compression: Literal["gzip", "none"] = Field(
         "gzip", description="Compression of stored results; any Celery 5.7 app reads both."
@@ -154,6 +163,15 @@ class Settings(BaseSettings):
     sync_timeout_s: Seconds = Field(
         300.0, description="Seconds a waiting call gets its answer in; the job goes on after it, and can be polled."
     )
+    api_link_tasks: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="Tasks that a `link` may name over the API, as in `reports.done,billing.*`: they reach your own Celery "
+        "apps. `none`: no link is taken.",
+    )
+    task_events: bool = Field(
+        False,
+        description="Whether workers send task events from the start, as for Flower, which can also turn them on.",
+    )
     webhook_allow_http: bool = Field(
         False, description="Allow webhooks to `http://`, which anyone on the way can read."
     )
@@ -174,12 +192,12 @@ class Settings(BaseSettings):
         None, description="Unset: `console` on a terminal, `json` otherwise."
     )
 
-    @field_validator("log_level", "log_format", "streaming", "result_compression", mode="before")
+    @field_validator("log_level", "log_format", "streaming", "result_compression", "queue_type", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("retry_statuses", "bad_answers", "degenerate_finish_reasons", mode="before")
+    @field_validator("retry_statuses", "bad_answers", "degenerate_finish_reasons", "api_link_tasks", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         if not isinstance(value, str):

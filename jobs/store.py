@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import keys
+from jobs.backends import RedisResults, ResultBackend
 from jobs.batches import BatchStatus as BatchStatus
 from jobs.batches import statuses
 from jobs.blocks import decode_block, decode_large
@@ -19,7 +20,7 @@ from jobs.connections import redis_errors
 from jobs.errors import Conflict, NotFound
 from jobs.patience import Patience, no_patience, patient
 from jobs.requests import Request
-from jobs.results import StoredResult, decode_result
+from jobs.results import StoredResult
 from jobs.room import Room
 from jobs.scripts import Script
 from jobs.states import TERMINAL, BatchState, JobState, job_id
@@ -47,17 +48,17 @@ _retention = Script("retention")
 class Store:
     """The producers' and readers' side of the store, on a sync Redis client.
 
-    `results` reads stored results by job id; it is the same Redis unless results go elsewhere. While Redis is away each
-    call waits as `patience` says, not at all unless it is given.
+    `backend` is where results are: this Redis unless it is given. While either is away each call waits as `patience`
+    says, not at all unless it is given.
     """
 
     def __init__(
-        self, client: redis.Redis, results: redis.Redis | None = None, patience: Patience | None = None
+        self, client: redis.Redis, backend: ResultBackend | None = None, patience: Patience | None = None
     ) -> None:
         self.client: Any = client
         self.patience = patience if patience is not None else no_patience()
-        self.results_client: Any = results if results is not None else client
-        self._room = Room(self.client, self.results_client)
+        self.backend = backend if backend is not None else RedisResults(client, with_state=True)
+        self._room = Room(self.client, self.backend)
 
     # -- submitting
 
@@ -157,11 +158,7 @@ class Store:
     @patient
     def results(self, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
         """Stored results of these jobs; None where there is none (not ended, or expired)."""
-        if not indexes:
-            return []
-        with redis_errors():
-            found = self.results_client.mget([keys.result(job_id(batch_id, index)) for index in indexes])
-        return [None if payload is None else decode_result(payload) for payload in found]
+        return self.backend.read([job_id(batch_id, index) for index in indexes])
 
     @patient
     def requests(self, batch_id: str, indexes: Iterable[int], slice_size: int) -> dict[int, Request]:
@@ -256,7 +253,7 @@ class Store:
         deadline = "" if deadline_s is None else deadline_s
         with redis_errors():
             while start >= 0:
-                if self.results_client is not self.client:
+                if not self.backend.with_state:
                     self._forget_failures(batch_id, start)
                 count, start = _requeue(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS, deadline])
                 again += count
@@ -267,23 +264,19 @@ class Store:
     def _keep_results(self, batch_id: str) -> None:
         """The answers of a batch that was finished and goes on are kept with it."""
         start = 0
-        if self.results_client is self.client:
+        if self.backend.with_state:
             while start >= 0:
                 start = _retention(self.client, [keys.PREFIX], [batch_id, start, SCRIPT_JOBS])
             return
         total = int(self.client.hget(keys.batch(batch_id), "total") or 0)
-        for start in range(0, total, SCRIPT_JOBS):
-            pipe = self.results_client.pipeline(transaction=False)
-            for index in range(start, min(total, start + SCRIPT_JOBS)):
-                pipe.persist(keys.result(job_id(batch_id, index)))
-            pipe.execute()
+        for start in range(0, total if self.backend.expires else 0, SCRIPT_JOBS):
+            self.backend.keep([job_id(batch_id, index) for index in range(start, min(total, start + SCRIPT_JOBS))])
 
     def _forget_failures(self, batch_id: str, start: int) -> None:
-        """Takes failures that are to be queued again out of the other Redis; before that, so that no new result goes."""
+        """Takes failures that are to be queued again out of the backend; before that, so that no new result goes."""
         states = self.client.getrange(keys.states(batch_id), start, start + SCRIPT_JOBS - 1)
         failed = [start + place for place, byte in enumerate(states) if TERMINAL.get(byte) is JobState.FAILED]
-        if failed:
-            self.results_client.delete(*(keys.result(job_id(batch_id, index)) for index in failed))
+        self.backend.delete([job_id(batch_id, index) for index in failed])
 
     @patient
     def delete(self, batch_id: str, tenant: str) -> None:
@@ -299,10 +292,8 @@ class Store:
     @patient
     def forget_results(self, batch_id: str, indexes: Sequence[int]) -> None:
         """Deletes the results of these jobs."""
-        with redis_errors():
-            for start in range(0, len(indexes), SCRIPT_JOBS):
-                names = [keys.result(job_id(batch_id, index)) for index in indexes[start : start + SCRIPT_JOBS]]
-                self.results_client.unlink(*names)
+        for start in range(0, len(indexes), SCRIPT_JOBS):
+            self.backend.delete([job_id(batch_id, index) for index in indexes[start : start + SCRIPT_JOBS]])
 
     def subscribe(self, batch_id: str) -> Any:
         """A redis-py `PubSub` that gets a message whenever jobs of the batch end."""

@@ -44,7 +44,8 @@ class NewBatch:
     be the same then, made from the requests and `beside` where it is ''. `tenant` is whose it is at the API, `protocol`
     the one it came by (`openai`, `anthropic`, '' for ours); `metadata` a JSON object and `callback` the address that is told
     of its end, '' for none. `alike` names who may make this call again without an idempotency key, '' for nobody; `again`
-    says that this is such a call, which finds what it made before.
+    says that this is such a call, which finds what it made before. `followup` is what each job's end brings about, as
+    `jobs.followups` writes it, '' for nothing.
     """
 
     batch_id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -66,6 +67,7 @@ class NewBatch:
     protocol: str = ""
     alike: str = ""
     again: bool = False
+    followup: str = field(default="", repr=False)
 
     def further(self) -> list[Any]:
         """Fields of the record that not every batch has, name and value in turn."""
@@ -74,6 +76,7 @@ class NewBatch:
             "metadata": self.metadata,
             "callback": self.callback,
             "protocol": self.protocol,
+            "followup": self.followup,
         }
         further: list[Any] = []
         for name, value in optional.items():

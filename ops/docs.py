@@ -63,6 +63,38 @@ ENV_HEAD = """\
 # Made from jobs/settings.py by `python -m ops.docs`: change it there.
 """
 
+ENV_TAIL = """\
+
+# -- docker compose alone, beside the settings above (docs/deployment.md)
+
+# Profiles that `docker compose up` starts without being told: rabbitmq, postgres, monitoring, flower, simulator.
+#COMPOSE_PROFILES=
+
+# RabbitMQ as the broker takes its profile, a password, and the line below.
+#RABBITMQ_PASSWORD=
+# MIMOQ_BROKER_URL=amqp://mimoq:${RABBITMQ_PASSWORD}@rabbitmq:5672//
+
+# Results in PostgreSQL take its profile, a password, and the line below.
+#POSTGRES_PASSWORD=
+# MIMOQ_RESULT_BACKEND=db+postgresql+psycopg://mimoq:${POSTGRES_PASSWORD}@postgres:5432/mimoq
+
+# Valkey's room for jobs and results; its container needs twice as much.
+#VALKEY_MAXMEMORY=1gb
+#VALKEY_MEM_LIMIT=2g
+
+# Time that a worker's container gets to end: MIMOQ_DRAIN_S and 45 s.
+#WORKER_STOP_GRACE=75s
+
+# Ports on loopback, how long Prometheus keeps what it has read, and who may use Flower (user:password).
+#API_PORT=8000
+#SIMULATOR_PORT=8001
+#PROMETHEUS_PORT=9090
+#PROMETHEUS_RETENTION=15d
+#GRAFANA_PORT=3000
+#FLOWER_PORT=5555
+#FLOWER_BASIC_AUTH=
+"""
+
 
 def documents() -> dict[str, str]:
     """What each made document must hold, by its path in the checkout."""
@@ -109,13 +141,13 @@ def openapi_file() -> str:
 
 
 def env_example() -> str:
-    """A `.env` in which nothing is set."""
+    """A `.env` in which nothing is set, for mimoq and for Compose."""
     parts = [ENV_HEAD]
     for variable, schema in _settings():
         comment = textwrap.fill(schema["description"], 118, initial_indent="# ", subsequent_indent="# ")
         default = "" if schema["default"] is None else _text(schema["default"])
         parts.append(f"{comment}\n#{variable}={default}\n")
-    return "\n".join(parts)
+    return "\n".join(parts) + ENV_TAIL
 
 
 def _settings() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jobs.backends import ResultBackend, open_backend
 from jobs.broker import Bell, make_app
-from jobs.connections import SOCKET_TIMEOUT_S, check_schema, connect, results_url
+from jobs.connections import SOCKET_TIMEOUT_S, check_schema, connect
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
 from jobs.patience import Patience
@@ -51,22 +52,17 @@ class Connection:
         else:
             self.server = EmbeddedServer.open(settings.data_dir)
             self.redis_url = self.server.url
-        self._clients: list[Any] = []
+        self.client: Any = None
+        self.backend: ResultBackend | None = None
         try:
-            self.client = self._connect(self.redis_url)
+            self.client = connect(self.redis_url, self._silent_s)
             self.patience.call(check_schema, self.client)
-            elsewhere = results_url(settings, self.redis_url)
-            results = None if elsewhere == self.redis_url else self._connect(elsewhere)
-            self.store = Store(self.client, results, self.patience)
-            self.bare = Store(self.client, results)
+            self.backend = open_backend(settings, self.redis_url, self.client, self._silent_s)
+            self.store = Store(self.client, self.backend, self.patience)
+            self.bare = Store(self.client, self.backend)
         except BaseException:
             self.close()
             raise
-
-    def _connect(self, url: str) -> Any:
-        client = connect(url, self._silent_s)
-        self._clients.append(client)
-        return client
 
     def _mend(self) -> None:
         """An embedded server that is away is perhaps without its guard."""
@@ -100,7 +96,8 @@ class Connection:
 
     def close(self) -> None:
         """Gives everything back; an embedded Valkey stops after its last user."""
-        for client in self._clients:
-            client.close()
+        for connected in (self.backend, self.client):
+            if connected is not None:
+                connected.close()
         if self.server is not None:
             self.server.close()

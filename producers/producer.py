@@ -26,6 +26,7 @@ import msgspec
 from jobs.errors import InvalidRequest, NotFound, StoreUnavailable, UsageError
 from jobs.identity import key_identity
 from jobs.keys import LANES
+from jobs.links import Link, written
 from jobs.requests import Request, make_request
 from jobs.results import Attempt, Failure, Usage
 from jobs.settings import Settings, load_settings
@@ -39,6 +40,8 @@ from producers.follow import LOOK_S, Ended, Follower, Listener
 ENDED: frozenset[BatchState | JobState] = frozenset({BatchState.FINISHED, *LETTERS})
 #: What a request may be: a prompt, or the fields of any form that an input line may have.
 RequestLike = str | Mapping[str, Any] | Request
+#: What a link may be: see `jobs.links`.
+LinkLike = Link | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,12 @@ def result_of(ended: Ended) -> JobResult:
 
 
 def new_batch(
-    settings: Settings, lane: str, max_attempts: int | None, deadline_s: float | None, idempotency_key: str | None
+    settings: Settings,
+    lane: str,
+    max_attempts: int | None,
+    deadline_s: float | None,
+    idempotency_key: str | None,
+    link: LinkLike | None = None,
 ) -> NewBatch:
     """What a submit with these options makes. Raises `UsageError` that names the option that can't be meant."""
     if lane not in LANES:
@@ -93,6 +101,7 @@ def new_batch(
         max_attempts=max_attempts,
         deadline_s=deadline_s,
         identity="" if idempotency_key is None else key_identity(idempotency_key),
+        followup=written(link),
     )
 
 
@@ -119,10 +128,11 @@ class Producer:
         max_attempts: int | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        link: LinkLike | None = None,
     ) -> str:
         """Submits one job (a batch of one) and returns its id. Raises `InvalidRequest` when it breaks a rule.
 
-        For `idempotency_key` and further errors see `submit_many`.
+        For `idempotency_key`, `link` and further errors see `submit_many`.
         """
         if custom_id is not None and isinstance(request, Request):
             request = Request(request.endpoint, request.body, custom_id)
@@ -135,6 +145,7 @@ class Producer:
             max_attempts=max_attempts,
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
+            link=link,
         )
         return job_id(batch_id, 0)
 
@@ -147,16 +158,20 @@ class Producer:
         max_attempts: int | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        link: LinkLike | None = None,
     ) -> str:
         """Submits a batch, read as a stream, and returns its id. Nothing is submitted when one request is refused.
 
         The same `idempotency_key` (any text, kept as a digest) with the same requests gives the batch that is there,
         finished or not, as long as it is kept; so a submit of which nobody knows whether it arrived can be repeated.
 
+        `link` is a task of a Celery app of yours, as `{"task": "reports.done", "queue": "reports", "kwargs": {...}}`: it
+        gets the id of each job once that has ended, whichever way, at least once.
+
         Raises `InvalidRequest` that names the request by its place (from 0), `UsageError` for an empty batch, `Conflict`
         where the key stands for other requests, `NoRoom` where Redis has no room for the answers.
         """
-        new = new_batch(self.settings, lane, max_attempts, deadline_s, idempotency_key)
+        new = new_batch(self.settings, lane, max_attempts, deadline_s, idempotency_key, link)
         made = self._requests(requests, endpoint)
         first = next(made, None)
         if first is None:

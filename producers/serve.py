@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from jobs import identity, tokens
 from jobs.errors import MimoqError, NotFound, StoreUnavailable, UsageError
 from jobs.gates import account_gate, open_gate
-from jobs.keys import LANES
+from jobs.keys import SERVED
 from jobs.settings import PREFIX, Settings, is_loopback
 from producers.connection import Connection
 from producers.environment import variables
@@ -59,7 +59,7 @@ class Serve:
     def __init__(self, options: ServeOptions, settings: Settings, workers: Workers) -> None:
         self._settings = simulated(settings) if options.simulate else settings
         self._simulate = options.simulate
-        self._lanes = [*LANES] * options.workers
+        self._lanes = [*SERVED] * options.workers
         self._interrupts = Interrupts()
         self._workers = workers
         self._simulation: Simulation | None = None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import network
-from tests.components import Valkey
+from tests.components import RabbitMQ, Valkey
 
 #: Nobody listens on the discard port: a process that a test starts and gives no upstream reaches none.
 NO_UPSTREAM = "http://127.0.0.1:9"
@@ -51,6 +51,14 @@ def _no_other_host() -> Iterator[None]:
 def valkey() -> Iterator[Valkey]:
     """A real Valkey, one for the whole session."""
     server = Valkey()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """A real RabbitMQ, one for the whole session, as it takes seconds to start."""
+    server = RabbitMQ()
     yield server
     server.stop()
 

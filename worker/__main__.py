@@ -18,24 +18,26 @@ import threading
 from typing import Any, NoReturn
 
 from jobs.errors import MimoqError
-from jobs.keys import LANES
+from jobs.keys import COMPLETE, SERVED
 from worker.drain import drain
 from worker.supervisor import Supervisor
 
 #: Threads of a worker process: each holds one ring while it waits for room and claims.
 THREADS = 4
+#: Of a pipelines' process, where each message is one job.
+COMPLETE_THREADS = 8
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs worker processes until told to stop; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mimoq worker", description="Take jobs off the queues and call the upstream.")
-    parser.add_argument("--lane", choices=LANES, help="one lane only; without it, one process for each lane")
+    parser.add_argument("--lane", choices=SERVED, help="one lane only; without it, one process for each lane")
     parser.add_argument("--processes", type=_number, default=1, metavar="N", help="processes for each lane (default 1)")
     parser.add_argument("--exit-with-stdin", action="store_true", help="drain and end when standard input is closed")
     parser.add_argument("--start-on-stdin", action="store_true", help="get ready, but begin at the first byte there")
     parser.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)  # among a supervisor's processes
     args = parser.parse_args(argv)
-    lanes = [args.lane] if args.lane else list(LANES)
+    lanes = [args.lane] if args.lane else list(SERVED)
     try:
         if len(lanes) * args.processes == 1:
             _work(lanes[0], args.exit_with_stdin, args.start_on_stdin, args.place)
@@ -73,13 +75,14 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool, place: int) ->
 
     worker = app.Worker(
         pool_cls="threads",
-        concurrency=THREADS,
+        concurrency=COMPLETE_THREADS if lane == COMPLETE else THREADS,
         queues=[identity.queue(lane, identity.label(host().settings))],
         hostname=f"mimoq-{lane}-{secrets.token_hex(4)}@{socket.gethostname()}",
         quiet=True,
         without_gossip=True,
         without_mingle=True,
-        without_heartbeat=True,
+        # Its heartbeats are what Flower knows a worker by, and how it can turn task events on.
+        task_events=host().settings.task_events,
     )
     if rings := told.get("rings"):
         # Beside Celery: for a million jobs it takes a while. What is lost of it the reaper makes up for.

@@ -1,4 +1,4 @@
-"""The worker's Celery app: `celery -A worker.app worker -P threads -c 4 -Q mimoq.bulk`.
+"""The worker's Celery app: `celery -A worker.app worker -P threads -c 4 -Q mimoq.bulk`, with `-E` for task events.
 
 What goes wrong: Celery is told to stop, and empties its pool at once, because tasks do not wait for jobs; the engine
 drains beside it and is waited for in `worker_shutdown`, however that came about. Celery's own signal handlers, whose second
@@ -8,7 +8,7 @@ SIGINT or SIGQUIT would skip all this, are replaced by those of `worker.drain`.
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import structlog
@@ -16,14 +16,17 @@ from celery import bootsteps, signals
 from celery.worker import state
 
 from jobs import identity
+from jobs.broker import make_app
 from jobs.errors import MimoqError
-from jobs.keys import LANES
-from worker import tasks
+from jobs.keys import COMPLETE, SERVED
+from jobs.metrics import FOLLOWUPS
+from worker import complete, tasks
 from worker.drain import drain
+from worker.followups import FollowUps
 from worker.host import host
 
 #: The lane of each queue.
-QUEUES = {identity.queue(lane, label): lane for lane in LANES for label in ("", identity.SIMULATED)}
+QUEUES = {identity.queue(lane, label): lane for lane in SERVED for label in ("", identity.SIMULATED)}
 
 log = structlog.get_logger("worker")
 
@@ -31,6 +34,35 @@ log = structlog.get_logger("worker")
 app = host().app
 engine = host().engine
 tasks.register(app, engine, QUEUES)
+
+
+@cache
+def _entry() -> complete.Entry:
+    return complete.Entry(host().store, host().settings, lambda: drain().begun)
+
+
+# In every process: a message that has come to another queue of ours is an error that need not cost anything.
+complete.register(app, engine, _entry)
+
+
+class _Events:
+    """Events of tasks that end when their job does, not when their message is over."""
+
+    consumer: Any = None
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Sends one, if this process sends any."""
+        dispatcher = self.consumer and self.consumer.event_dispatcher
+        if dispatcher and dispatcher.enabled:
+            dispatcher.send(kind, **fields)
+
+
+_events = _Events()
+
+
+@cache
+def _followups() -> FollowUps:
+    return FollowUps(app, host().store, _events.send, partial(engine.count, FOLLOWUPS))
 
 
 class DrainStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -73,7 +105,11 @@ def _start(**_: Any) -> None:
         # Celery would log it and go on, with nobody to answer rings.
         print(f"mimoq worker: {error if isinstance(error, MimoqError) else type(error).__name__}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
-    engine.serve(_lanes())
+    if COMPLETE in (lanes := _lanes()):
+        # Of these messages none may be lost. Before the first connection is made.
+        safe = make_app(host().settings, host().redis_url, acknowledges=True)
+        app.conf.broker_transport_options = safe.conf.broker_transport_options
+    engine.serve(lanes)
 
 
 def _lanes() -> list[str]:
@@ -81,8 +117,11 @@ def _lanes() -> list[str]:
 
 
 @signals.worker_ready.connect(weak=False)
-def _ready(**_: Any) -> None:
+def _ready(sender: Any, **_: Any) -> None:
     engine.lanes[:] = _lanes()
+    _events.consumer = sender
+    _followups().start()
+    engine.follow(_followups().stir)
     if host().settings.api_key is None:
         log.warning("no_api_key", hint="set MIMOQ_API_KEY, or the upstream will refuse the calls")
     log.info("worker_ready", worker=engine.worker_id)
@@ -91,5 +130,6 @@ def _ready(**_: Any) -> None:
 @signals.worker_shutdown.connect(weak=False)
 def _leave(sender: Any, **_: Any) -> None:
     status = host().leave()
+    _followups().stop()
     sender.exitcode = sender.exitcode or status
     log.info("worker_ended", worker=engine.worker_id)

@@ -20,11 +20,13 @@ from functools import partial
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
 
 from jobs import identity
+from jobs.backends import ResultBackend
+from jobs.errors import StoreUnavailable
+from jobs.keys import COMPLETE
 from jobs.leases import LEASE_S, End, Job
-from jobs.results import decode_result
+from jobs.results import StoredResult
 from jobs.settings import Settings
 from worker import settlements
 from worker.estimate import Estimates
@@ -55,14 +57,15 @@ log = structlog.get_logger("worker.engine")
 class Engine:
     """Holds jobs and makes their calls, within one event loop; every method but `__init__` runs in it.
 
-    `on_death` is called when a task of the engine has died, after which nothing more is claimed or started.
+    `backend` is where results are, None for the store's own Redis. `on_death` is called when a task of the engine has died,
+    after which nothing more is claimed or started.
     """
 
     def __init__(
         self,
         settings: Settings,
         client: Any,
-        results: Any | None,
+        backend: ResultBackend | None,
         upstream: Upstream,
         worker_id: str,
         on_death: Callable[[], None] = lambda: None,
@@ -74,11 +77,12 @@ class Engine:
         self.limiter = Limiter(client, settings, self.account, worker_id)
         self.lines = Lines(self.limiter, self)
         self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self.welcome)
-        self.outside = Outside(client, results) if results is not None else None
+        self.outside = Outside(client, backend, settings.result_ttl_s) if backend is not None else None
         self.counts = Counts(settings)
         self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go, self._told)
         self.estimates = Estimates(settings.estimate_completion_tokens)
         self._policy = Policy.of(settings)
+        self.followed: Callable[[], None] = lambda: None  # told when something follows a job's end
         self.stopping = False
         self.renewed_at = time.monotonic()
         self.holding = Holding(self._write_back)
@@ -88,7 +92,7 @@ class Engine:
         self._drain: asyncio.Timeout | None = None
         self._hurried = False
         self._on_death = on_death
-        self._compress = settings.result_compression == "gzip"
+        self._compress = settings.result_compression == "gzip" and (backend is None or backend.compressed)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs `work` as long as the engine; its failure ends the engine, because half of one holds jobs for nothing."""
@@ -106,10 +110,10 @@ class Engine:
 
     # -- what is held
 
-    async def ring(self, lane: str) -> int:
-        """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted."""
+    async def ring(self, lane: str, claimed: list[tuple[str, int]] | None = None) -> int:
+        """Answers one ring: claims up to a slice as room comes, into `claimed` too; returns how many jobs were accepted."""
         self._serves_interactive |= lane == "interactive"
-        return await self.intake.ring(lane)
+        return await self.intake.ring(lane, claimed)
 
     def look(self, lane: str) -> None:
         """Claims as one ring would have it, without waiting for it."""
@@ -130,11 +134,11 @@ class Engine:
         return fresh and not (self.stopping or self.flusher.failing or self.flusher.full)
 
     def free(self, lane: str) -> int:
-        """How many more calls of the lane may start now; where both lanes are served some are kept from bulk."""
+        """How many more calls of the lane may start now; where interactive is served too some are kept from the others."""
         if not self._may_start():
             return 0
         most = self.settings.worker_max_in_flight
-        if lane == "bulk" and self._serves_interactive:
+        if lane != "interactive" and self._serves_interactive:
             most = max(1, most - max(1, most // 20))
         return most - len(self.flying) - self.lines.asking
 
@@ -159,25 +163,21 @@ class Engine:
 
     async def welcome(self, jobs: list[Job]) -> None:
         """Takes claimed jobs in. What a dead worker had paid for and stored outside is not called again."""
-        answers: dict[str, bytes] = {}
+        answers: dict[str, StoredResult] = {}
         if self.outside is not None:
             try:
                 answers = await self.outside.answers([job for job in jobs if job.crashes])
-            except (RedisError, OSError) as error:
+            except StoreUnavailable as error:
                 # Not given back, which would forget that they have seen a crash: their leases run out.
                 log.warning("results_away", error=type(error).__name__)
                 return
         for job in jobs:
-            payload = answers.get(job.job_id)
-            if payload is None or not self._end_stored(job, payload):
+            stored = answers.get(job.job_id)
+            if stored is None or not self._end_stored(job, stored):
                 self._accept(job)
 
-    def _end_stored(self, job: Job, payload: bytes) -> bool:
+    def _end_stored(self, job: Job, stored: StoredResult) -> bool:
         """Ends a job with the success that is stored for it, if it is one."""
-        try:
-            stored = decode_result(payload)
-        except ValueError:
-            return False
         if stored.status != "SUCCESS" or stored.mimoq is None:
             return False
         run = Run.of(job, self.settings.endpoint_path or self.settings.model)
@@ -185,7 +185,7 @@ class Engine:
         self.holding.add(run)
         # Its record has what was told before as well, and what is told here for the dead worker.
         calls = calls_of(stored.mimoq.attempts) - run.before[0]
-        self.flusher.end(End(job, "s", payload, max(calls, 0), stored.mimoq.usage - run.before[1]))
+        self.flusher.end(End(job, "s", b"", max(calls, 0), stored.mimoq.usage - run.before[1]))
         return True
 
     def _accept(self, job: Job) -> None:
@@ -211,6 +211,8 @@ class Engine:
     def _told(self, end: End, word: str) -> None:
         """What the store said of a job's end."""
         self.counts.told(self.holding.find(end.job), end, word)
+        if end.job.lane == COMPLETE:  # somebody's pipeline goes on with it
+            self.followed()
 
     def _let_go(self, jobs: list[Job]) -> None:
         self.holding.let_go(jobs)

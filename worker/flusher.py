@@ -5,6 +5,9 @@ Redis is away everything stays here, in order, and is written when it is back; e
 fate is unknown is made again. The engine starts no call meanwhile (`failing`), nor while answers of over `HELD_BYTES` wait
 (`full`), so what waits is bounded by that and by what was in flight. All that is written Redis also takes when it is out
 of memory.
+
+Where results live outside, an end first waits for its result to be stored there, and then for the state. A backend that is
+away, or slow, holds up ends alone: reservations are settled and jobs given back meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from jobs import leases
+from jobs.errors import StoreUnavailable
 from jobs.leases import Back, End, Job
 from jobs.scripts import Call, call_all
 from worker.limiter import SETTLE, Limiter, Settlement
@@ -32,6 +36,8 @@ COLLECT_MOST_S = 0.01
 #: Bytes of results in one pipeline.
 BLOCK_BYTES = 4_000_000
 RETRY_S = 0.25
+#: Seconds after which a result backend that says nothing counts as away.
+SILENT_S = 10.0
 #: Bytes of answers that wait to be written at which no more calls are started.
 HELD_BYTES = 64_000_000
 
@@ -70,14 +76,32 @@ class Flusher:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._unstored: list[End] = []  # whose results are to be stored outside first
+        self._came = asyncio.Event()
+        self._stored = asyncio.Event()
+        self._stored.set()
         self._held_bytes = 0
-        self.failing = False
+        self._away = False  # Redis
+        self._outside_away = False
+
+    @property
+    def failing(self) -> bool:
+        """Whether what calls would bring can't be written at present."""
+        return self._away or self._outside_away or (self._outside is not None and not self._outside.usable)
 
     def end(self, end: End) -> None:
         """A job has ended."""
-        self._ends.append(end)
         self._held_bytes += len(end.payload)
-        self._stir()
+        if self._outside is None:
+            self._ends.append(end)
+            self._stir()
+        else:
+            self._store_first([end])
+
+    def _store_first(self, ends: list[End]) -> None:
+        self._unstored += ends
+        self._stored.clear()
+        self._came.set()
 
     @property
     def full(self) -> bool:
@@ -91,7 +115,7 @@ class Flusher:
 
     def settle(self, model: str, settlement: Settlement) -> None:
         """A reservation is over. What asks for a pause is written at once: other workers must hear of it."""
-        if settlement.retry_after_s and not self.failing:
+        if settlement.retry_after_s and not self._away:
             task = asyncio.get_running_loop().create_task(self._settle_now(model, settlement))
             self._urgent.add(task)
             task.add_done_callback(self._urgent.discard)
@@ -117,11 +141,72 @@ class Flusher:
 
     async def flushed(self) -> None:
         """Waits until everything handed over so far has been written."""
-        while self._urgent or not self._idle.is_set():
-            await asyncio.gather(*self._urgent, self._idle.wait())
+        while self._urgent or not (self._idle.is_set() and self._stored.is_set()):
+            await asyncio.gather(*self._urgent, self._idle.wait(), self._stored.wait())
 
     async def run(self) -> None:
         """Writes blocks until cancelled."""
+        if self._outside is None:
+            await self._write_all()
+            return
+        both = [asyncio.ensure_future(self._write_all()), asyncio.ensure_future(self._store_all(self._outside))]
+        try:
+            await asyncio.gather(*both)
+        finally:
+            for task in both:
+                task.cancel()
+
+    async def _store_all(self, outside: Outside) -> None:
+        """Stores results outside, and hands their ends on."""
+        took_s = 0.0
+        while True:
+            await self._came.wait()
+            await asyncio.sleep(min(max(COLLECT * took_s, COLLECT_LEAST_S), COLLECT_MOST_S))
+            self._came.clear()
+            while self._unstored:
+                began = time.monotonic()
+                block = _block(self._unstored)
+                if not await self._store_block(outside, block):
+                    await asyncio.sleep(RETRY_S)
+                took_s = time.monotonic() - began
+            if not self._came.is_set():
+                self._stored.set()
+
+    async def _store_block(self, outside: Outside, block: list[End]) -> bool:
+        """Whether these results, the first that wait, are stored now."""
+        writing = asyncio.ensure_future(outside.write(block))
+        try:
+            # One that keeps silent is away, as long as it does; what it was told may come about all the same.
+            if not (await asyncio.wait([writing], timeout=SILENT_S))[0]:
+                self._outside_is_away(outside, "silent")
+            left = await writing
+        except (StoreUnavailable, RedisError, OSError, TimeoutError) as error:
+            self._outside_is_away(outside, str(error) if isinstance(error, StoreUnavailable) else type(error).__name__)
+            return False
+        finally:
+            writing.cancel()
+        if self._outside_away:
+            log.info("results_back", backend=outside.name)
+            self._outside_away = False
+        del self._unstored[: len(block)]
+        going_on = {id(end) for end in left}
+        again = [end for end in block if id(end) not in going_on]
+        self._held_bytes -= sum(len(end.payload) for end in again)
+        for end in again:
+            self._on_told(end, "again")
+        if again:
+            self._on_written([end.job for end in again])
+        if left:
+            self._ends += left
+            self._stir()
+        return True
+
+    def _outside_is_away(self, outside: Outside, reason: str) -> None:
+        if not self._outside_away:
+            log.warning("results_away", backend=outside.name, reason=reason, answers_held=len(self._unstored))
+        self._outside_away = True
+
+    async def _write_all(self) -> None:
         took_s = 0.0
         while True:
             await self._wake.wait()
@@ -163,13 +248,17 @@ class Flusher:
                     backs.clear()
                 self._on_written(done)
         except (RedisError, OSError, TimeoutError) as error:
-            if not self.failing:
+            if not self._away:
                 log.warning("store_away", error=type(error).__name__, answers_held=len(ends))
-            self.failing = True
+            self._away = True
+            if self._outside is not None and ends:
+                # Whether these were written only a look at both sides will tell.
+                self._store_first(ends)
+                ends.clear()
             return False
-        if self.failing:
+        if self._away:
             log.info("store_back")
-            self.failing = False
+            self._away = False
         return True
 
     async def _write_block(
@@ -180,10 +269,7 @@ class Flusher:
     ) -> None:
         calls = [self._settle_call(model, items) for model, items in settlements.items()]
         finishes = len(calls)
-        unwritten = block
-        if self._outside is not None and block:
-            unwritten = await self._outside.write(block)
-        by_batch = _by_batch(unwritten, lambda end: end.job)
+        by_batch = _by_batch(block, lambda end: end.job)
         for batch_id, ends in by_batch.items():
             calls.append(leases.finish_call(batch_id, ends, stored_elsewhere=self._outside is not None))
         given_back = len(calls)
@@ -193,11 +279,6 @@ class Flusher:
         for ends, words in zip(by_batch.values(), replies[finishes:given_back], strict=True):
             for end, word in zip(ends, words, strict=True):
                 self._on_told(end, word.decode())
-        if len(unwritten) < len(block):
-            left = {id(end) for end in unwritten}
-            for end in block:
-                if id(end) not in left:
-                    self._on_told(end, "again")
 
     def _settle_call(self, model: str, items: list[Settlement]) -> Call:
         return Call(SETTLE, self._limiter.keys(model), self._limiter.settle_args(items, self._told.pop(model, "")))

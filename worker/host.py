@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from jobs import logs
+from jobs.backends import open_backend
 from jobs.broker import Bell, make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
 from jobs.settings import load_settings
+from jobs.store import Store
 from worker import metrics
 from worker.drain import drain
 from worker.thread import RETRY_S, EngineThread
@@ -84,6 +86,12 @@ class Host:
     def app(self) -> Celery:
         """The Celery app."""
         return make_app(self.settings, self.redis_url)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store and the results beside the engine's own connections, for any thread; nobody waits in it."""
+        client = connect(self.redis_url)
+        return Store(client, open_backend(self.settings, self.redis_url, client))
 
     @cached_property
     def _bell(self) -> Bell:

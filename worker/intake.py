@@ -97,8 +97,11 @@ class Intake:
         self.stopping = True
         self._changed.set()
 
-    async def ring(self, lane: str) -> int:
-        """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted."""
+    async def ring(self, lane: str, claimed: list[tuple[str, int]] | None = None) -> int:
+        """Answers one ring: claims up to a slice as room comes; returns how many jobs were accepted.
+
+        The batch and index of each are put into `claimed`.
+        """
         accepted = 0
         warned = False
         size = self._settings.slice_size
@@ -118,9 +121,11 @@ class Intake:
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
                 await self._welcome(jobs)
-            if not jobs:
-                break
             accepted += len(jobs)
+            if claimed is not None:
+                claimed += ((job.batch_id, job.index) for job in jobs)
+            if len(jobs) < wanted:
+                break  # there are no more
         return accepted
 
     async def _wait_for_room(self, lane: str, end: float) -> bool:

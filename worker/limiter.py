@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import keys
-from jobs.keys import LANES
+from jobs.keys import COMPLETE, LANES
 from jobs.leases import Job
 from jobs.scripts import Script
 from jobs.settings import Settings
@@ -61,6 +61,11 @@ class Settlement:
     status: int | None = None
 
 
+def counted_as(lane: str) -> str:
+    """The lane whose share of the limits a lane uses."""
+    return "bulk" if lane == COMPLETE else lane
+
+
 class Limiter:
     """The reservations of one account by one worker process."""
 
@@ -84,9 +89,9 @@ class Limiter:
         ]
 
     def ids(self, lane: str) -> str:
-        """The prefix of the next reservations' ids; the first letter tells the lane."""
+        """The prefix of the next reservations' ids; the first letter tells the lane, `complete` being bulk here."""
         self._calls += 1
-        return f"{lane[0]}.{self._worker_id}.{self._calls}"
+        return f"{counted_as(lane)[0]}.{self._worker_id}.{self._calls}"
 
     async def reserve(
         self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
@@ -102,7 +107,7 @@ class Limiter:
         self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
     ) -> tuple[list[str], list[Any]]:
         """Keys and arguments of `RESERVE`."""
-        who = f"{self._worker_id}:{lane}"
+        who = f"{self._worker_id}:{lane}" + (":bulk" if lane == COMPLETE else "")
         candidates: Sequence[int | str] = estimates
         if jobs:
             candidates = [f"{n} {job.token} {job.index}" for n, job in zip(estimates, jobs, strict=True)]

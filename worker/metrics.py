@@ -32,6 +32,7 @@ from jobs.metrics import (
 from jobs.settings import Settings
 from jobs.states import TERMINAL
 from jobs.tally import Cell, Names, Reports, Tally
+from worker.limiter import counted_as
 
 if TYPE_CHECKING:
     from jobs.leases import End
@@ -101,7 +102,7 @@ def cells(engine: Engine) -> dict[Cell, float]:
     """What a worker has counted and what it holds at this moment; from any thread."""
     found = dict(engine.counts.tally.cells)
     # `list` of a dict's values is one step of the interpreter: the engine's thread does not come between.
-    flying = Counter((run.model, run.job.lane) for run, _ in list(engine.flying.values()))
+    flying = Counter((run.model, counted_as(run.job.lane)) for run, _ in list(engine.flying.values()))
     for model in {engine.settings.model, *(model for model, _ in flying)}:
         for lane in LANES:
             cell = (IN_FLIGHT.name, engine.account, engine.counts.model(model), lane)

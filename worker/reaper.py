@@ -15,6 +15,7 @@ import structlog
 from redis.exceptions import RedisError, ResponseError
 
 from jobs import keys, leases
+from jobs.errors import StoreUnavailable
 from jobs.leases import LEASE_S
 from jobs.metrics import REAPER_ACTIONS
 from jobs.scripts import Script
@@ -72,6 +73,7 @@ class Reaper:
         self._lock = Lock(client, keys.REAPER, worker_id, LOCK_S)
         self._outside = outside
         self.ringing: asyncio.Task[None] | None = None
+        self.telling: asyncio.Task[None] | None = None  # the results' backend
         self._first = True
         self._audited = 0
 
@@ -97,9 +99,11 @@ class Reaper:
         """One round: leases, due retries, deadlines, closing batches, retention, silent queues."""
         await self._reap()
         await self._sweep()
-        if self._outside is not None:
-            await self._outside.write_revoked()
-        await self._retire()
+        if self._outside is None:
+            await self._retire()
+        elif self.telling is None or self.telling.done():
+            # Beside the rounds, as ringing is: a backend that is away or slow is no reason to hold up the dead's jobs.
+            self.telling = asyncio.create_task(self._tell(self._outside))
         await self._forget_expired()
         await self._audit()
         seconds, _ = await self._client.time()
@@ -138,19 +142,30 @@ class Reaper:
     async def _retire(self) -> None:
         """Sets when the results of large batches go, which is too long for the step that ends them."""
         left = STEPS
-        retiring = await self._client.hgetall(keys.RETIRING)
-        if retiring and self._outside is not None and await self._client.llen(keys.REVOKED):
-            return  # results that are still to be written would not expire
-        for raw, entry in retiring.items():
+        for raw in await self._client.hkeys(keys.RETIRING):
             more = True
             while more and left > 0:
                 left -= 1
-                if self._outside is None:
-                    more = await _retention(self._client, [keys.PREFIX], [raw.decode(), "", STEP_JOBS]) >= 0
-                else:
-                    more = await self._outside.retire(raw.decode(), entry, STEP_JOBS)
-                    entry = await self._client.hget(keys.RETIRING, raw) or b"" if more else b""
-                    more = bool(entry)
+                more = await _retention(self._client, [keys.PREFIX], [raw.decode(), "", STEP_JOBS]) >= 0
+
+    async def _tell(self, outside: Outside) -> None:
+        """Has the results' backend know what the store knows: revoked jobs, when results go, and that time passes."""
+        try:
+            if await outside.write_revoked():  # results that are still to be written would not expire
+                await self._retire_outside(outside)
+            await outside.cleanup()
+        except StoreUnavailable as error:
+            log.debug("results_not_told", reason=str(error))
+        except (RedisError, OSError) as error:
+            log.debug("round_failed", error=type(error).__name__)
+
+    async def _retire_outside(self, outside: Outside) -> None:
+        left = STEPS
+        for raw, entry in (await self._client.hgetall(keys.RETIRING)).items():
+            while entry and left > 0:
+                left -= 1
+                more = await outside.retire(raw.decode(), entry, STEP_JOBS)
+                entry = await self._client.hget(keys.RETIRING, raw) if more else b""
 
     async def _audit(self) -> None:
         """Looks through the open batches, some each round."""

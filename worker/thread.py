@@ -21,7 +21,10 @@ import structlog
 import uvloop
 from redis.exceptions import RedisError
 
-from jobs.connections import connect_async, results_url
+from jobs.backends import open_outside
+from jobs.connections import connect_async
+from jobs.errors import StoreRefused, StoreUnavailable
+from jobs.metrics import Metric
 from jobs.settings import Settings
 from jobs.tally import Cell
 from worker import metrics
@@ -90,11 +93,11 @@ class EngineThread:
 
     async def _main(self) -> None:
         client = connect_async(self._redis_url)
-        elsewhere = results_url(self._settings, self._redis_url)
-        results = connect_async(elsewhere) if elsewhere != self._redis_url else None
-        engine = Engine(self._settings, client, results, Upstream(self._settings), self.worker_id, self._on_death)
+        backend = open_outside(self._settings, self._redis_url)
+        engine = Engine(self._settings, client, backend, Upstream(self._settings), self.worker_id, self._on_death)
         if engine.outside is not None:
             await self._mark(engine.outside)
+            await self._check(engine, engine.outside)
         heartbeat = Heartbeat(client, engine, self.lanes)
         engine.spawn(engine.flusher.run())
         engine.spawn(heartbeat.run())
@@ -115,8 +118,8 @@ class EngineThread:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(heartbeat.leave(), LEAVE_S)
                 await client.aclose(close_connection_pool=True)
-                if results is not None:
-                    await results.aclose(close_connection_pool=True)
+                if engine.outside is not None:
+                    engine.outside.close()
 
     async def _mark(self, outside: Outside) -> None:
         while True:
@@ -126,14 +129,33 @@ class EngineThread:
             except (RedisError, OSError):
                 await asyncio.sleep(RETRY_S)
 
+    async def _check(self, engine: Engine, outside: Outside) -> None:
+        """Looks whether results can be kept. While their backend is away the engine stands, and starts nothing."""
+        try:
+            await outside.check()
+        except StoreRefused:
+            raise
+        except StoreUnavailable as error:
+            log.warning("results_away", backend=outside.name, reason=str(error))
+            outside.usable = False
+            engine.spawn(self._check_again(outside))
+
+    async def _check_again(self, outside: Outside) -> None:
+        while not outside.usable:
+            await asyncio.sleep(RETRY_S)
+            with contextlib.suppress(StoreUnavailable):
+                await outside.check()
+                outside.usable = True
+        log.info("results_back", backend=outside.name)
+
     # -- rings, and what is done without them
 
-    def ring(self, lane: str) -> int:
-        """Answers a ring from a task's thread; returns when what it claimed has been accepted."""
+    def ring(self, lane: str, claimed: list[tuple[str, int]] | None = None) -> int:
+        """Answers a ring from a task's thread; returns when what it claimed has been accepted, and is in `claimed`."""
         loop, engine = self._loop, self._engine
         if loop is None or engine is None:
             return 0
-        work = self._answer(engine, lane)
+        work = self._answer(engine, lane, claimed)
         try:
             future = asyncio.run_coroutine_threadsafe(work, loop)
         except RuntimeError:  # the loop is closed
@@ -144,13 +166,25 @@ class EngineThread:
             pass
         return future.result() if future.done() and not future.cancelled() else 0
 
-    async def _answer(self, engine: Engine, lane: str) -> int:
+    async def _answer(self, engine: Engine, lane: str, claimed: list[tuple[str, int]] | None) -> int:
         self._ringing[lane] += 1
         try:
-            return await engine.ring(lane)
+            return await engine.ring(lane, claimed)
         finally:
             self._ringing[lane] -= 1
             self._rung_at[lane] = time.monotonic()
+
+    def follow(self, followed: Callable[[], None]) -> None:
+        """Has `followed` called, in the loop, whenever the end of a job of a pipeline has been written."""
+
+        def set_it(engine: Engine) -> None:
+            engine.followed = followed
+
+        self._soon(set_it)
+
+    def count(self, metric: Metric, *labels: str) -> None:
+        """Counts something beside the engine; from any thread."""
+        self._soon(lambda engine: engine.counts.tally.add(metric, *labels))
 
     def metrics(self) -> dict[Cell, float]:
         """What the engine counts and holds, once it stands; from any thread."""

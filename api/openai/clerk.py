@@ -49,13 +49,12 @@ class Clerk:
     """One process's share of it; `threads` are its own, at least `AT_ONCE` and one to look and renew."""
 
     def __init__(
-        self, threads: StoreThreads, spool: Spool, ringer: Ringer, settings: Settings, label: str, model: str | None
+        self, threads: StoreThreads, spool: Spool, ringer: Ringer, settings: Settings, model: str | None
     ) -> None:
         self._threads = threads
         self._spool = spool
         self._ringer = ringer
         self._settings = settings
-        self._label = label
         self._model = model
         self._woken = asyncio.Event()
         self._working: dict[asyncio.Task[None], str] = {}  # with the tenant it is for
@@ -169,7 +168,7 @@ class Clerk:
         return NewBatch(
             batch_id=batch.batch_id,
             lane=batch.lane,
-            label=self._label,
+            label=batch.label,
             slice_size=self._settings.slice_size,
             ttl_s=self._settings.result_ttl_s,
             deadline_at=batch.created_at + batch.window_s,
@@ -208,7 +207,11 @@ class Clerk:
         if not model:
             status = store.status(batch_id)
             first = store.requests(batch_id, [0], status.slice_size).get(0)
-            model = model_of(first.body) if first is not None else ""
+            if first is not None:
+                model = model_of(first.body)
+            else:  # no longer kept, once it has been answered
+                (stored,) = store.results(batch_id, [0])
+                model = stored.mimoq.model if stored is not None and stored.mimoq is not None else ""
         openai_batches.made(store.client, batch_id, model)
 
     def _finalize(self, store: Store, tenant: str, batch_id: str, unwanted: threading.Event) -> None:

@@ -71,7 +71,8 @@ def create(core: Core, store: Store, stream: BinaryIO, tenant: str, key: str | N
             raise Problem(400, "empty_array", "requests: must not be empty", param="requests")
         options = _read(elements.rest)
         _check(core, options, elements.found)
-        new = _new(options, tenant, submitting.digest([options, lines.hexdigest()]), key, again)
+        content = submitting.digest([options, lines.hexdigest()])
+        new = _new(options, tenant, core.label, content, key, again)
         if inline is not None:
             file = keep(core, store, inline, tenant, "batch", "requests.jsonl", files.BATCH_KEPT_S)
             new = replace(new, input_file_id=file.file_id)
@@ -150,7 +151,7 @@ def _check_input(store: Store, tenant: str, file_id: str) -> None:
         raise Problem(400, "invalid_purpose", told, param="input_file_id")
 
 
-def _new(options: BatchOptions, tenant: str, content: str, key: str | None, again: bool) -> NewOpenAIBatch:
+def _new(options: BatchOptions, tenant: str, label: str, content: str, key: str | None, again: bool) -> NewOpenAIBatch:
     window = WINDOW if options.completion_window is None else options.completion_window
     return NewOpenAIBatch(
         batch_id=NewBatch().batch_id,
@@ -167,6 +168,7 @@ def _new(options: BatchOptions, tenant: str, content: str, key: str | None, agai
         lenient=options.input_file_id is None,
         model=options.model or "",
         lane=options.lane,
+        label=label,
         again=again,
     )
 

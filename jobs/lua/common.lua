@@ -83,19 +83,23 @@ end
 -- Says to whoever follows the batch what has happened: the indexes of jobs that ended in this call (`just_ended`), joined by
 -- commas; '' when something else about it changed.
 local just_ended = {}
+local followed = {}
 
 local function tell(batch)
   redis.call('PUBLISH', of(batch, 'events'), table.concat(just_ended[batch] or {}, ','))
   just_ended[batch] = nil
 end
 
+-- Every way in which a job ends comes through here: of a batch that says so in `followup`, something follows each of its ends.
 local function has_ended(batch, index)
   local list = just_ended[batch]
   if not list then
     list = {}
     just_ended[batch] = list
+    followed[batch] = redis.call('HEXISTS', record(batch), 'followup') == 1
   end
   list[#list + 1] = index
+  if followed[batch] then redis.call('ZADD', prefix .. 'followups', stamp(now()), batch .. '-' .. index) end
 end
 
 local ENDED_BY = {c = 'cancelled', x = 'expired'}

@@ -11,6 +11,9 @@
 -- Returns one word a job: 'ended' (now), 'again' (this very end was stored before), 'late' (a paid answer for a job that
 -- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; not stored).
 --
+-- Where results live elsewhere, what was asked of a block of jobs that have all succeeded is not needed any more: it goes. Where
+-- they live here it stays, because it costs little beside them.
+--
 -- A success is taken from anyone while the job is not terminal; all else needs the current token. What the calls cost is
 -- counted in every case, once.
 --
@@ -34,6 +37,27 @@ end
 local spent = {}
 local counts = {s = 0, f = 0}
 local late, order, codes, stored = 0, {}, {}, 0
+
+-- Blocks of jobs that have succeeded now, by the index of one in each.
+local touched = {}
+
+local function drop_requests()
+  local r = redis.call('HMGET', b, 'size', 'total')
+  local size, total = tonumber(r[1]), tonumber(r[2])
+  local seen = {}
+  for _, index in ipairs(touched) do
+    local block = math.floor(index / size)
+    if not seen[block] then
+      seen[block] = true
+      local first, stop = block * size, math.min(total, (block + 1) * size)
+      if redis.call('GETRANGE', of(batch, 'states'), first, stop - 1) == string.rep('s', stop - first) then
+        local fields = {string.format('%d', block)}
+        for at = first, stop - 1 do fields[#fields + 1] = 'r' .. string.format('%d', at) end
+        redis.call('HDEL', of(batch, 'requests'), unpack(fields))
+      end
+    end
+  end
+end
 
 local function pause_if_alike()
   local r = redis.call('HMGET', b, 'succeeded', 'alike', 'alike_count', 'state', 'protocol')
@@ -82,6 +106,8 @@ for i = 2, #ARGV, 6 do
       redis.call('SET', result, payload)
       redis.call('PUBLISH', result, payload)
       stored = stored + #payload
+    elseif letter == 's' then
+      touched[#touched + 1] = tonumber(index)
     end
   end
   if (word == 'late' or word == 'fenced') and tells_first(batch, index, token) then
@@ -97,6 +123,7 @@ if #order > 0 then
   if counts.s > 0 then redis.call('HINCRBY', b, 'succeeded', counts.s) end
   if counts.f > 0 then redis.call('HINCRBY', b, 'failed', counts.f) end
   if stored > 0 then redis.call('HINCRBY', b, 'result_bytes', stored) end
+  if #touched > 0 then drop_requests() end
   close_if_over(batch)
   if #codes > 0 then pause_if_alike() end
   tell(batch)

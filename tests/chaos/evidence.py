@@ -22,7 +22,7 @@ from tests.chaos.workers import Life
 _KEPT = re.compile(
     r"schema|batches|lanes|turn:\w+|workers?|worker:.+|reaper|rounds|deaths|limits|(limit|minute|gate|flight):.+"
     r"|identity:[\w-]+|batch:\w+(:(requests|states|done|strays))?"
-    r"|metrics|reported:\w+|tenants|tenant::batches"
+    r"|metrics|reported:\w+|tenants|tenant::batches|elsewhere|cleaned"
 )
 
 
@@ -67,7 +67,8 @@ def gather(stand: Stand, batches: list[plan.Batch], limit: int, max_attempts: in
     store = Store(client)
     with Producer(**stand.settings) as producer:
         for batch_id in store.kept_batches(1_000_000):
-            number = _number(store, batch_id)
+            jobs = list(producer.results(batch_id, follow=False))
+            number = _number(store, batch_id, jobs)
             if number is None or number not in specs or number in found:
                 unknown.append(f"{batch_id} (batch {number})")
                 continue
@@ -76,7 +77,7 @@ def gather(stand: Stand, batches: list[plan.Batch], limit: int, max_attempts: in
                 batch_id,
                 producer.status(batch_id),
                 store.states(batch_id),
-                list(producer.results(batch_id, follow=False)),
+                jobs,
                 producers.cancelled.get(number),
             )
     evidence = Evidence(
@@ -87,7 +88,7 @@ def gather(stand: Stand, batches: list[plan.Batch], limit: int, max_attempts: in
         batches=[found[number] for number in sorted(found)],
         acknowledged=dict(producers.submitted),
         abandoned=set(producers.abandoned),
-        away=stand.valkey.away,
+        away=[*stand.valkey.away, *stand.results_away],
         leftovers=leftovers(client),
         unknown=unknown,
         raised=list(producers.raised),
@@ -96,10 +97,11 @@ def gather(stand: Stand, batches: list[plan.Batch], limit: int, max_attempts: in
     return evidence
 
 
-def _number(store: Store, batch_id: str) -> int | None:
-    """Which of the plan's batches it is: its first request says so."""
+def _number(store: Store, batch_id: str, jobs: list[JobResult]) -> int | None:
+    """Which of the plan's batches it is: its first request says so, or an outcome where requests are no longer kept."""
     request = store.requests(batch_id, [0], store.status(batch_id).slice_size).get(0)
-    said = re.fullmatch(r"b(\d+)-0", request.custom_id or "") if request is not None else None
+    names = [request.custom_id if request is not None else None, *(job.custom_id for job in jobs)]
+    said = re.fullmatch(r"b(\d+)-\d+", next((name for name in names if name is not None), ""))
     return int(said[1]) if said else None
 
 

@@ -20,6 +20,7 @@ from jobs.workers import live_workers
 from ops.simulator import running_simulator
 from ops.simulator.ledger import Call
 from tests.chaos.producers import Producers
+from tests.chaos.spans import Span
 from tests.chaos.valkey import Valkey
 from tests.chaos.workers import Workers
 from tests.waiting import wait_for
@@ -41,6 +42,8 @@ class Stand:
         self._simulator = simulator
         self._given = settings
         self._stack = contextlib.ExitStack()
+        #: Spans in which a result backend of its own did not answer.
+        self.results_away: list[Span] = []
 
     def __enter__(self) -> Stand:
         with contextlib.ExitStack() as stack:  # what was opened is closed when the rest can't be

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from jobs import keys
+from jobs.backends import ResultBackend
 from jobs.connections import connect, connect_async
 from jobs.requests import Request
 from jobs.results import Usage
@@ -226,34 +227,30 @@ async def standing(
     upstream: FakeUpstream,
     *,
     store_url: str | None = None,
-    results_url: str | None = None,
+    backend: ResultBackend | None = None,
     beat: bool = True,
     on_death: Callable[[], None] = lambda: None,
     worker_id: str = "w1",
     **settings: Any,
 ) -> AsyncIterator[Stand]:
-    """An engine on the store at `url` with its flusher and (`beat`) its heartbeat; ended with the block."""
+    """An engine on the store at `url` with flusher and (`beat`) heartbeat; ended with the block, and `backend` too."""
     client = connect_async(url)
-    results = connect_async(results_url) if results_url else None
     sync_client = connect(store_url or url)
-    sync_results = connect(results_url) if results_url else None
     effective: Settings = load_settings(api_key="sk-test", **settings)
-    engine = Engine(effective, client, results, cast("Upstream", upstream), worker_id, on_death)
+    engine = Engine(effective, client, backend, cast("Upstream", upstream), worker_id, on_death)
     engine.spawn(engine.flusher.run())
     if beat:
         engine.spawn(Heartbeat(client, engine, ["bulk"]).run())
     try:
-        yield Stand(engine, upstream, Store(sync_client, sync_results))
+        yield Stand(engine, upstream, Store(sync_client, backend))
     finally:
         upstream.release()
         await engine.drain(5)
         await engine.close()
         await client.aclose(close_connection_pool=True)
         sync_client.close()
-        if results is not None:
-            await results.aclose(close_connection_pool=True)
-        if sync_results is not None:
-            sync_results.close()
+        if engine.outside is not None:
+            engine.outside.close()
 
 
 def go_soon(monkeypatch: pytest.MonkeyPatch) -> None:

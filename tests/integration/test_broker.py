@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu import pools
+from kombu.connection import Connection
+from kombu.entity import Exchange
 from kombu.exceptions import BatchPublishError
 
 from jobs import identity
 from jobs.broker import RING, Bell, make_app
-from jobs.connections import celery_url, check_schema, connect, results_url
-from jobs.errors import SchemaVersionError, StoreUnavailable, UsageError
+from jobs.connections import celery_url, check_schema, connect
+from jobs.errors import SchemaVersionError, StoreUnavailable
 from jobs.settings import Settings
 from ops.simulator import running_simulator
 from tests.components import RabbitMQ
@@ -28,14 +30,6 @@ def _no_pools_left() -> Iterator[None]:
     """kombu keeps one pool a broker address for the whole process."""
     yield
     pools.reset()
-
-
-@pytest.fixture(scope="module")
-def rabbitmq() -> Iterator[RabbitMQ]:
-    """One for all of these tests: it takes seconds to start."""
-    server = RabbitMQ()
-    yield server
-    server.stop()
 
 
 @pytest.fixture
@@ -96,38 +90,118 @@ def test_a_queue_is_named_after_its_lane(app: Celery, client: Any) -> None:
     assert client.llen("mimoq.simulate.bulk") == 2
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_another_app_may_ring_too(rabbitmq: RabbitMQ, store_url: str, ours_first: bool) -> None:
-    """Without our settings it declares a queue of that name by its name alone, which must be the same queue."""
-    ours = make_app(Settings(broker_url=rabbitmq.url), store_url)
-    plain = Celery("plain", broker=rabbitmq.url, set_as_current=False)
+def queue_type(url: str, name: str) -> str:
+    """What a queue of RabbitMQ is; "missing" where there is none."""
+    with Connection(url) as connection, connection.channel() as channel:
+        try:
+            channel.queue_declare(name, passive=True)
+            channel.queue_declare(name, durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
+        except connection.channel_errors as error:
+            return "missing" if "NOT_FOUND" in str(error) else "quorum"
+    return "classic"
+
+
+def removed(app: Celery, *names: str) -> None:
+    """No queue of these names is there any longer."""
+    with app.connection_for_write() as connection:
+        for name in names:
+            app.amqp.queues[name](connection.default_channel).delete()
+
+
+def plain_app(url: str, **settings: Any) -> Celery:
+    """Another app, which knows nothing of this project."""
+    app = Celery("plain", broker=url, set_as_current=False)
+    app.conf.update(settings)
+    return app
+
+
+@pytest.mark.parametrize("wanted", ["quorum", "classic"])
+def test_a_missing_queue_is_made_of_the_type_that_is_set(rabbitmq: RabbitMQ, store_url: str, wanted: Any) -> None:
+    ours = make_app(Settings(broker_url=rabbitmq.url, queue_type=wanted), store_url)
+    removed(ours, "mimoq.bulk", "celery")
+    Bell(ours).ring("b", "bulk", "", 1)
+    assert queue_type(rabbitmq.url, "mimoq.bulk") == wanted
+    ours.send_task("callers.task", ignore_result=True)
+    assert queue_type(rabbitmq.url, "celery") == "classic", "another app's is as it would make it"
+    ours.close()
+
+
+@pytest.mark.parametrize(("theirs", "wanted"), [("classic", "quorum"), ("quorum", "classic")])
+def test_another_apps_queues_are_used_as_they_are(rabbitmq: RabbitMQ, store_url: str, theirs: str, wanted: Any) -> None:
+    """Both those it rings on and those that our messages for it go to, the exchange's type included."""
+    ours = make_app(Settings(broker_url=rabbitmq.url, queue_type=wanted), store_url)
+    plain = plain_app(
+        rabbitmq.url, task_create_missing_queue_type=theirs, task_default_queue=theirs, task_default_queue_type=theirs
+    )
+    removed(ours, "mimoq.bulk")
+    plain.send_task(RING, ("b1",), queue="mimoq.bulk", ignore_result=True)
+    plain.send_task("callers.task", ignore_result=True)
+    Bell(ours).ring("b1", "bulk", "", 1)
+    for sender in (ours, plain):
+        sender.send_task("callers.task", queue=theirs, ignore_result=True)
+        sender.send_task(RING, ("b1",), queue="mimoq.bulk", ignore_result=True)
+    deep(Bell(ours), "bulk", "", 4)
     with ours.connection_for_write() as connection:
-        ours.amqp.queues["mimoq.bulk"](connection.default_channel).delete()
-    for app in (ours, plain) if ours_first else (plain, ours):
-        app.send_task(RING, ("b1",), queue="mimoq.bulk", ignore_result=True)
-    deep(Bell(ours), "bulk", "", 2)
+        wait_for(lambda: connection.default_channel.queue_declare(theirs, passive=True).message_count == 3)
+    assert {queue_type(rabbitmq.url, name) for name in ("mimoq.bulk", theirs)} == {theirs}
+    removed(ours, theirs)
     plain.close()
     ours.close()
 
 
-def test_a_worker_hears_rabbitmq_again_when_it_is_back(rabbitmq: RabbitMQ, store_url: str, tmp_path: Path) -> None:
-    with (
-        running_simulator() as simulator,
-        working(MODULE, tmp_path, simulator, store_url, broker_url=rabbitmq.url) as work,
-    ):
+def test_an_app_that_finds_our_quorum_queue_must_say_so(rabbitmq: RabbitMQ, store_url: str) -> None:
+    ours = make_app(Settings(broker_url=rabbitmq.url), store_url)
+    removed(ours, "mimoq.complete")
+    ours.send_task("any", queue="mimoq.complete", ignore_result=True)
+    plain, told = plain_app(rabbitmq.url), plain_app(rabbitmq.url, task_create_missing_queue_type="quorum")
+    with pytest.raises(Exception, match="PRECONDITION_FAILED"):
+        plain.send_task("any", queue="mimoq.complete", ignore_result=True)
+    told.send_task("any", queue="mimoq.complete", ignore_result=True)
+    deep(Bell(ours), "complete", "", 2)
+    for app in (ours, plain, told):
+        app.close()
+
+
+@pytest.mark.parametrize(("there", "wanted"), [("classic", "quorum"), ("quorum", "classic")])
+def test_a_worker_hears_a_queue_of_either_type(
+    rabbitmq: RabbitMQ, store_url: str, tmp_path: Path, there: Any, wanted: str
+) -> None:
+    """A quorum queue would end the connection of a consumer that sets a prefetch count for its whole channel."""
+    first = make_app(Settings(broker_url=rabbitmq.url, queue_type=there), store_url)
+    removed(first, "mimoq.bulk")
+    Bell(first).ring("no batch", "bulk", "", 9)
+    first.close()
+    more: dict[str, Any] = {"broker_url": rabbitmq.url, "queue_type": wanted}
+    with running_simulator() as simulator, working(MODULE, tmp_path, simulator, store_url, **more) as work:
+        deep(work.bell, "bulk", "", 0)
         work.succeeds(work.submit(120))
         deep(work.bell, "bulk", "", 0)
-        rabbitmq.kill()
-        with pytest.raises(StoreUnavailable, match="check MIMOQ_BROKER_URL"):
-            work.bell.ring("b", "bulk", "", 1)
-        with pytest.raises(StoreUnavailable, match="check MIMOQ_BROKER_URL"):
-            work.bell.depth("bulk", "")
-        work.succeeds(work.submit(120, ring=False))
-        rabbitmq.start()
-        # Looking by itself, the worker would leave them there.
-        work.bell.ring("no batch", "bulk", "", 3)
-        deep(work.bell, "bulk", "", 0)
         assert work.process.end() == 0
+        log = work.process.log.read_text()
+        assert "celery_delayed" not in log
+        assert "connection_lost" not in log
+        assert "Connection to broker lost" not in log
+    assert queue_type(rabbitmq.url, "mimoq.bulk") == there
+    assert queue_type(rabbitmq.url, "celery_delayed_0") == "missing"
+
+
+def test_what_others_send_to_their_exchange_never_gets_to_us(any_app: Celery) -> None:
+    """Celery by itself would bind every queue that names no exchange to that of the default queue."""
+    Bell(any_app).ring("b", "bulk", "", 1)
+    with any_app.connection_for_write() as connection:
+        theirs = Exchange("celery")(connection.default_channel)
+        theirs.declare()
+        connection.Producer(exchange=theirs).publish("theirs", routing_key="celery")
+    any_app.send_task("callers.task", ignore_result=True)
+    deep(Bell(any_app), "bulk", "", 1)
+
+
+def test_nobody_consumes_what_is_not_ours(app: Celery) -> None:
+    assert app.conf.task_default_queue == "celery"
+    assert app.amqp.default_queue.name == "celery"
+    assert {name.split(".")[0] for name in app.amqp.queues.consume_from} == {"mimoq"}
+    assert len(app.amqp.queues.consume_from) == 6
+    assert make_app(Settings(default_queue="theirs"), "unix:///s").amqp.default_queue.name == "theirs"
 
 
 def test_a_ring_is_small_and_carries_ids_only(app: Celery, client: Any) -> None:
@@ -187,29 +261,13 @@ def test_celerys_spelling_of_an_address(url: str, celery: str) -> None:
     assert celery_url(url) == celery
 
 
-@pytest.mark.parametrize(
-    ("backend", "expected"),
-    [
-        (None, "unix:///s"),
-        ("redis://r/1", "redis://r/1"),
-        ("redis+socket:///a.sock?virtual_host=2", "unix:///a.sock?db=2"),
-        ("redis+socket:///a.sock", "unix:///a.sock"),
-    ],
-)
-def test_where_results_are(backend: str | None, expected: str) -> None:
-    settings = Settings(result_backend=backend)
-    assert results_url(settings, "unix:///s") == expected
-
-
-def test_another_kind_of_result_backend_is_refused() -> None:
-    with pytest.raises(UsageError, match="MIMOQ_RESULT_BACKEND"):
-        results_url(Settings(result_backend="db+sqlite:///x"), "unix:///s")
-
-
 def test_options_of_a_tcp_store() -> None:
     app = make_app(Settings(broker_url="rediss://h/0"), "redis://h:1/0")
     assert app.conf.broker_transport_options["socket_keepalive"] is True
     assert app.conf.broker_transport_options["ack_emulation"] is False
     assert connect("redis://h:1/0").connection_pool.connection_kwargs["socket_keepalive"] is True
     rabbitmq = make_app(Settings(broker_url="amqp://h"), "unix:///s").conf.broker_transport_options
-    assert rabbitmq == {"read_timeout": 30.0, "write_timeout": 30.0}
+    assert rabbitmq == {"read_timeout": 30.0, "write_timeout": 30.0, "confirm_publish": True}
+    pipelines = make_app(Settings(), "redis://h:1/0", acknowledges=True).conf.broker_transport_options
+    assert pipelines["ack_emulation"] is True
+    assert pipelines["unacked_key"] == "mimoq:unacked", "other apps on this Redis give back by another timeout"

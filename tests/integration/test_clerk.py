@@ -22,6 +22,7 @@ from api.threads import StoreThreads
 from jobs import files, keys, leases, openai_batches, tokens
 from jobs.connections import connect
 from jobs.errors import StoreUnavailable
+from jobs.identity import SIMULATED
 from jobs.openai_batches import Due
 from jobs.requests import CHAT
 from jobs.room import MARGIN
@@ -162,6 +163,17 @@ def events(client: Any, batch: str) -> list[str]:
     ]
     assert all(subject.decode() == batch for subject, _ in found)
     return [kind.decode() for _, kind in found]
+
+
+def test_a_batch_is_for_the_upstream_of_the_api_that_took_it_in(store_url: str, client: Any, tmp_path: Path) -> None:
+    async def main(http: httpx.AsyncClient) -> None:
+        made = (await look(http, await new(http, lines(line()))))["input_file_id"]
+        simulated = openai_batches.NewOpenAIBatch("5" * 24, "", CHAT, made, "24h", 86_400.0, "c", label=SIMULATED)
+        openai_batches.create(client, simulated)  # as by the API of `mimoq serve --simulate` on the same store
+        await until(lambda: client.exists(keys.batch("5" * 24)))
+        assert client.hget(keys.batch("5" * 24), "label").decode() == SIMULATED
+
+    standing(store_url, tmp_path, main)
 
 
 # -- changed while it is validated

@@ -14,6 +14,7 @@ import worker.intake
 import worker.limiter
 import worker.line
 from jobs import keys, leases
+from jobs.backends import RedisResults
 from jobs.connections import connect, connect_async
 from jobs.leases import End
 from jobs.requests import CHAT, make_request
@@ -150,7 +151,7 @@ def test_a_write_whose_fate_is_unknown_counts_once(
 @in_loop
 async def test_results_elsewhere_are_stored_before_the_state(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = f"{store_url}?db=3"
-    async with standing(store_url, FakeUpstream(), results_url=elsewhere) as stand:
+    async with standing(store_url, FakeUpstream(), backend=RedisResults(connect(elsewhere))) as stand:
         batch = stand.submit(2)
         state_first = []
         finish = leases.finish_call
@@ -172,14 +173,14 @@ async def test_results_elsewhere_are_stored_before_the_state(store_url: str, mon
 @in_loop
 async def test_an_answer_stored_elsewhere_by_a_worker_that_died_is_not_bought_again(store_url: str) -> None:
     elsewhere = f"{store_url}?db=3"
-    async with standing(store_url, FakeUpstream(), results_url=elsewhere) as stand:
+    async with standing(store_url, FakeUpstream(), backend=RedisResults(connect(elsewhere))) as stand:
         batch = stand.submit(2)
         # A worker claims both, stores the result of one and dies before it changes its state.
         client = connect_async(store_url)
         dead = await leases.claim(client, "dead", "bulk", [""], 2, lease_s=0.01)
         about = About("a", CHAT, Usage(total_tokens=7), [Attempt(at=1.0, latency_s=1.0, verdict="succeeded")])
         payload = success_payload(dead[0].job_id, b'{"kept": 1}', about, compress=True)
-        stand.store.results_client.set(keys.result(dead[0].job_id), payload)
+        stand.store.backend.write([(dead[0].job_id, payload)])
         taken = 0
         while taken < 2:
             taken += (await leases.reap(client))[0]
@@ -196,9 +197,9 @@ async def test_an_answer_stored_elsewhere_by_a_worker_that_died_is_not_bought_ag
 @in_loop
 async def test_a_late_failure_elsewhere_does_not_take_the_place_of_an_answer(store_url: str) -> None:
     elsewhere = f"{store_url}?db=3"
-    client, results = connect_async(store_url), connect_async(elsewhere)
+    client, results = connect_async(store_url), RedisResults(connect(elsewhere))
     outside = Outside(client, results)
-    store = Store(connect(store_url), connect(elsewhere))
+    store = Store(connect(store_url), results)
     batch, _, _ = store.submit([make_request("x", model="m")], NewBatch())
     (job,) = await leases.claim(client, "w1", "bulk", [""], 1)
     about = About("a", CHAT, Usage(), [])
@@ -213,29 +214,27 @@ async def test_a_late_failure_elsewhere_does_not_take_the_place_of_an_answer(sto
     (stored,) = store.results(batch, [0])
     assert stored is not None
     assert stored.status == "SUCCESS"
-    for one in (client, results):
-        await one.aclose(close_connection_pool=True)
+    await client.aclose(close_connection_pool=True)
     store.client.close()
-    store.results_client.close()
+    outside.close()
 
 
 @in_loop
 async def test_a_cancelled_job_is_revoked_where_the_results_are(store_url: str) -> None:
     elsewhere = f"{store_url}?db=3"
-    client, results = connect_async(store_url), connect_async(elsewhere)
+    client, results = connect_async(store_url), RedisResults(connect(elsewhere))
     outside = Outside(client, results)
     await outside.mark()
-    store = Store(connect(store_url), connect(elsewhere))
+    store = Store(connect(store_url), results)
     batch, _, _ = store.submit([make_request("x", model="m") for _ in range(3)], NewBatch())
     assert store.cancel(batch).cancelled == 3
     await outside.write_revoked()
     assert [stored and stored.status for stored in store.results(batch, [0, 1, 2])] == ["REVOKED"] * 3
     assert store.client.llen(keys.REVOKED) == 0
     await outside.write_revoked()
-    for one in (client, results):
-        await one.aclose(close_connection_pool=True)
+    await client.aclose(close_connection_pool=True)
     store.client.close()
-    store.results_client.close()
+    outside.close()
 
 
 @in_loop

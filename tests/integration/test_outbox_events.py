@@ -29,7 +29,7 @@ def store(store_url: str) -> Iterator[Store]:
 def single(store: Store, **options: Any) -> str:
     """A job that was submitted alone."""
     new = NewBatch(callback=URL, tenant="t", **options)
-    (made,) = enlist(store.client, [Single(new, requests(1)[0])], no_patience(), Room(store.client, store.client))
+    (made,) = enlist(store.client, [Single(new, requests(1)[0])], no_patience(), Room(store.client, store.backend))
     assert not isinstance(made, Exception)
     return made.batch_id
 

@@ -12,6 +12,7 @@ import pytest
 
 from api.output_rows import Part, message_block, openai_block, rows, size, stream
 from jobs import keys, leases
+from jobs.backends import RedisResults
 from jobs.connections import connect, connect_async
 from jobs.leases import Job
 from jobs.requests import CHAT, Request
@@ -247,10 +248,10 @@ def test_a_job_queued_again_while_its_file_is_read_has_no_line(store: Store, sto
 @in_loop
 async def test_results_elsewhere(store_url: str) -> None:
     elsewhere = f"{store_url}?db=3"
-    client, results = connect_async(store_url), connect_async(elsewhere)
+    client, results = connect_async(store_url), RedisResults(connect(elsewhere))
     outside = Outside(client, results)
     await outside.mark()
-    store = Store(connect(store_url), connect(elsewhere))
+    store = Store(connect(store_url), results)
     batch_id = store.submit(requests(4), NewBatch()).batch_id
     jobs = await leases.claim(client, "w", "bulk", [""], 2)
     ends = [ending(jobs[0], "s"), ending(jobs[1], "f")]
@@ -270,10 +271,9 @@ async def test_results_elsewhere(store_url: str) -> None:
         ("c2", "canceled"),
         ("c3", "canceled"),
     ]
-    for one in (client, results):
-        await one.aclose(close_connection_pool=True)
+    await client.aclose(close_connection_pool=True)
     store.client.close()
-    store.results_client.close()
+    outside.close()
 
 
 def test_a_million_jobs(store: Store, store_url: str) -> None:

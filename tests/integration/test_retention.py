@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jobs import keys, leases
-from jobs.connections import connect, connect_async
+from jobs.backends import RedisResults
+from jobs.connections import connect
 from jobs.leases import Job
 from jobs.states import BatchState
 from jobs.store import Store
@@ -41,10 +42,12 @@ def reap(url: str, results_url: str = "") -> None:
     """One round of the reaper."""
 
     async def work(client: Any) -> None:
-        results = connect_async(results_url) if results_url else None
-        await Reaper(client, NoBell(), "w", Outside(client, results) if results is not None else None).turn()
-        if results is not None:
-            await results.aclose(close_connection_pool=True)
+        outside = Outside(client, RedisResults(connect(results_url))) if results_url else None
+        reaper = Reaper(client, NoBell(), "w", outside)
+        await reaper.turn()
+        if outside is not None and reaper.telling is not None:
+            await reaper.telling
+            outside.close()
 
     run(work, url)
 
@@ -53,8 +56,7 @@ def end_all(url: str, letters: str = "s", results_url: str = "") -> list[Job]:
     """A worker claims and ends whatever is ready; the jobs it ended."""
 
     async def work(client: Any) -> list[Job]:
-        results = connect_async(results_url) if results_url else None
-        outside = Outside(client, results) if results is not None else None
+        outside = Outside(client, RedisResults(connect(results_url))) if results_url else None
         ended: list[Job] = []
         while jobs := await leases.claim(client, "w", "bulk", [""], 500):
             for batch_id in {job.batch_id for job in jobs}:
@@ -63,8 +65,8 @@ def end_all(url: str, letters: str = "s", results_url: str = "") -> list[Job]:
                     await outside.write(block)
                 await leases.finish(client, batch_id, block, stored_elsewhere=outside is not None)
             ended += jobs
-        if results is not None:
-            await results.aclose(close_connection_pool=True)
+        if outside is not None:
+            outside.close()
         return ended
 
     return list(run(work, url))
@@ -113,7 +115,7 @@ def test_the_results_of_a_large_batch_go_with_it_too(store: Store, store_url: st
     if elsewhere:
         store.client.set(keys.ELSEWHERE, 1)
     results = connect(results_url) if elsewhere else store.client
-    both = Store(store.client, results)
+    both = Store(store.client, RedisResults(results, with_state=not elsewhere))
     batch_id, *_ = both.submit(requests(LARGE), NewBatch(ttl_s=500))
     cancelled, *_ = both.submit(requests(LARGE), NewBatch(ttl_s=500))
     store.pause(cancelled)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobs import keys
+from jobs.backends import RedisResults
 from jobs.connections import connect
 from jobs.errors import StoreUnavailable, Unanswered
 from jobs.joins import answered, digest_of, join, left
@@ -37,7 +38,7 @@ def call(again: bool = False) -> Single:
 
 def made(store: Store, *singles: Single) -> list[Enlisted]:
     """What came of these, of which none fails."""
-    came = enlist(store.client, singles, no_patience(), Room(store.client, store.client))
+    came = enlist(store.client, singles, no_patience(), Room(store.client, store.backend))
     found = [item for item in came if isinstance(item, Enlisted)]
     assert len(found) == len(came)
     return found
@@ -77,7 +78,7 @@ def test_who_got_no_answer_is_told_that_it_may_have_been_made() -> None:
     try:
         client = connect(valkey.url, silent_s=0.2)
         with contextlib.closing(client):
-            room = Room(client, client)
+            room = Room(client, RedisResults(client, with_state=True))
             room.check(1, 1)  # so that what goes unanswered is the submit itself
             valkey.pause()
             came = enlist(client, [call(), call()], no_patience(), room)

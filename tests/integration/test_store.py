@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from jobs import keys, leases
+from jobs.backends import RedisResults
 from jobs.connections import connect, connect_async
 from jobs.errors import NotFound, StoreUnavailable
 from jobs.gates import Gate, account_gate, gates_of, open_gate, server_time
@@ -643,7 +644,7 @@ def test_a_paused_batch_hands_out_nothing_until_it_goes_on(store_url: str) -> No
 
 def test_failures_stored_elsewhere_go_before_their_jobs_are_queued_again(store_url: str) -> None:
     elsewhere = connect(f"{store_url}?db=4")
-    store = Store(connect(store_url), elsewhere)
+    store = Store(connect(store_url), RedisResults(elsewhere))
     batch, _, _ = store.submit([make_request(f"p{i}", model="m") for i in range(3)], NewBatch())
 
     async def fail() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jobs import connections, keys, leases, patience, room, submission
+from jobs.backends import RedisResults
 from jobs.connections import connect
 from jobs.errors import Conflict, MimoqError, NoRoom, StoreRefused, StoreUnavailable, UsageError
 from jobs.patience import Patience
@@ -723,7 +724,7 @@ def test_answered_rows_need_no_room(store: Store) -> None:
 def test_results_elsewhere_need_room_there(store: Store, store_url: str, tmp_path: Path) -> None:
     with durable(tmp_path / "data") as server:
         results = connect(server.url)
-        both = Store(store.client, results)
+        both = Store(store.client, RedisResults(results))
         leave(Store(results), 500_000)
         with pytest.raises(NoRoom):
             both.submit(requests(1_000), NewBatch())

@@ -42,17 +42,17 @@ def alive(url: str, count: int) -> dict[int, WorkerInfo]:
 
 def test_one_process_a_lane_is_kept_alive_and_told_to_end(box: Box, store_url: str) -> None:
     supervisor = box.start("worker")
-    workers = alive(store_url, 2)
+    workers = alive(store_url, 3)
     assert supervisor.pid not in workers
     lanes = [process.cmdline()[process.cmdline().index("--lane") + 1] for process in map(psutil.Process, workers)]
-    assert sorted(lanes) == ["bulk", "interactive"]
+    assert sorted(lanes) == ["bulk", "complete", "interactive"]
 
     dead = min(workers)
     os.kill(dead, signal.SIGKILL)
     supervisor.heard("ended with -9; starting another")
-    again = alive(store_url, 2)
+    again = alive(store_url, 3)
     assert dead not in again
-    assert len(set(again) & set(workers)) == 1
+    assert len(set(again) & set(workers)) == 2
     # Both lanes are served.
     with Producer(redis_url=store_url) as producer:
         for lane in ("bulk", "interactive"):
@@ -104,7 +104,7 @@ def test_workers_end_when_their_supervisor_is_killed(box: Box, store_url: str) -
 
 def test_told_to_end_before_they_began(box: Box) -> None:
     supervisor = box.start("worker")
-    wait_for(lambda: len(box.processes("--lane")) == 2, what="two worker processes")
+    wait_for(lambda: len(box.processes("--lane")) == 3, what="three worker processes")
     supervisor.signal(signal.SIGTERM)
     supervisor.wait(0)
     box.empty()

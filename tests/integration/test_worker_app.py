@@ -59,7 +59,7 @@ def test_a_worker_answers_jobs_drains_and_keeps_secrets(argv: list[str], store_u
 
 
 def test_a_worker_that_can_not_stand_ends(store_url: str, tmp_path: Path) -> None:
-    process = Process(MODULE, tmp_path, redis_url=store_url, api_key=KEY, result_backend="db+sqlite:///x.db")
+    process = Process(MODULE, tmp_path, redis_url=store_url, api_key=KEY, result_backend="rpc://")
     process.ended(2)
     assert "MIMOQ_RESULT_BACKEND" in process.log.read_text()
 

@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobs import keys, leases
+from jobs.backends import RedisResults
 from jobs.connections import connect
 from jobs.exposition import families, render
 from jobs.gates import server_time
@@ -254,8 +255,8 @@ async def test_an_end_that_the_store_does_not_take_is_fenced(store_url: str) -> 
 async def test_an_end_whose_answer_was_lost_is_counted_once(store_url: str, tmp_path: Path) -> None:
     wire = Wire(store_url, tmp_path)
     await wire.mend()
-    for results_url in (None, store_url + "?db=1"):
-        async with standing(wire.url, FakeUpstream(hold=True), store_url=store_url, results_url=results_url) as stand:
+    for backend in (None, RedisResults(connect(store_url + "?db=1"))):
+        async with standing(wire.url, FakeUpstream(hold=True), store_url=store_url, backend=backend) as stand:
             batch = stand.submit(2)
             await stand.engine.ring("bulk")
             await until(partial(stand.upstream.has, 2))

@@ -25,6 +25,7 @@ from jobs.results import (
     nameless,
     one_line,
     output_line,
+    split,
     success_payload,
     upstream_error,
 )
@@ -54,6 +55,22 @@ def failed(failure: Failure) -> StoredResult:
 
 def test_usage_adds_up() -> None:
     assert USAGE + USAGE + Usage() == Usage(6, 4, 2, 0, 10)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_parts_are_found_whatever_answers_and_errors_hold(compress: bool) -> None:
+    trap = b'{"a":1,"traceback":null,"children":[],"date_done":"x","task_id":"y","mimoq":{}}'
+    good = split(success_payload("b-0", trap, about(), compress))
+    assert (good.status, good.result, msgspec.json.decode(good.about, type=About)) == ("SUCCESS", trap, about())
+    beside = msgspec.structs.replace(about(), error=Failure("bad_request", "no", 400, msgspec.Raw(trap)))
+    payload = failure_payload("b-0", beside, compress)
+    bad = split(payload)
+    stored = decode_result(payload)
+    assert (bad.status, bad.result, bad.date_done) == ("FAILURE", bytes(stored.result), stored.date_done)
+    assert msgspec.json.decode(bad.about, type=About) == stored.mimoq
+    for spoilt in (b"", b"{}", payload[:40], GZIP + b"no"):
+        with pytest.raises(ValueError, match="not one of ours"):
+            split(spoilt)
 
 
 @pytest.mark.parametrize("compress", [True, False])

@@ -45,7 +45,10 @@ ALWAYS = {
     "outbox_take",
     "outbox_settle",
     "outbox_list",
+    "followups_take",
+    "followups_settle",
     "settle",
+    "take_message",
 }
 
 
