@@ -87,8 +87,8 @@ class Back(NamedTuple):
 
 
 def _spent(calls: int, usage: Usage) -> str:
-    """What common.lua calls spent; '' for no call."""
-    if not calls:
+    """What common.lua calls spent; '' for nothing. Of calls that were counted before, as lost, the usage may come later."""
+    if not calls and usage == NO_USAGE:
         return ""
     return (
         f"{calls},{usage.prompt_tokens},{usage.completion_tokens},{usage.reasoning_tokens},{usage.cached_tokens},"

@@ -26,7 +26,17 @@ from jobs.errors import StoreRefused, StoreUnavailable, UsageError
 from jobs.leases import Job
 from jobs.looks import Wanted, look
 from jobs.requests import CHAT, Request
-from jobs.results import About, Attempt, Failure, StoredResult, Usage, decode_result, failure_payload, success_payload
+from jobs.results import (
+    NO_USAGE,
+    About,
+    Attempt,
+    Failure,
+    StoredResult,
+    Usage,
+    decode_result,
+    failure_payload,
+    success_payload,
+)
 from jobs.settings import load_settings
 from jobs.states import JobState
 from jobs.store import NewBatch, Store
@@ -412,6 +422,8 @@ def test_a_dead_workers_answer_is_not_bought_again(place: Place, backend: Result
             client = connect_async(store_url)
             dead = await leases.claim(client, "dead", "bulk", [""], 2, lease_s=0.01)
             backend.write([(dead[0].job_id, success(dead[0].job_id))])
+            # As reserve.lua notes a call that is let through: the reaper counts it, and the answer tells what it cost.
+            await client.hset(keys.lease(dead[0].token), f"c{dead[0].index}", 1)
             taken = 0
             while taken < 2:
                 taken += (await leases.reap(client))[0]
@@ -419,6 +431,8 @@ def test_a_dead_workers_answer_is_not_bought_again(place: Place, backend: Result
             stand.engine.look("bulk")
             status = await stand.ended(batch)
             assert (status.succeeded, status.attempts, len(stand.upstream.asked)) == (2, 2, 1)
+            abouts = [one(backend, f"{batch}-{index}").mimoq for index in range(2)]
+            assert status.usage == sum((about.usage for about in abouts if about is not None), NO_USAGE)
             assert one(backend, dead[0].job_id).mimoq == decode_result(success(dead[0].job_id)).mimoq
 
     main()
