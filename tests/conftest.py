@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import network
-from tests.components import RabbitMQ, Valkey
+from tests.components import PostgreSQL, RabbitMQ, Valkey
 
 #: Nobody listens on the discard port: a process that a test starts and gives no upstream reaches none.
 NO_UPSTREAM = "http://127.0.0.1:9"
@@ -59,6 +59,14 @@ def valkey() -> Iterator[Valkey]:
 def rabbitmq() -> Iterator[RabbitMQ]:
     """A real RabbitMQ, one for the whole session, as it takes seconds to start."""
     server = RabbitMQ()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A real PostgreSQL, one for the whole session; who looks for tables in it flushes it first."""
+    server = PostgreSQL()
     yield server
     server.stop()
 

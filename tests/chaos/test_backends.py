@@ -6,29 +6,13 @@ CHAOS_SEED chooses another order of harms.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from tests.chaos import backends, report
 from tests.chaos.backends import Backends
-from tests.components import PostgreSQL, RabbitMQ
 
 SEED = int(os.environ.get("CHAOS_SEED", "7"))
-
-
-@pytest.fixture(scope="module")
-def rabbitmq() -> Iterator[RabbitMQ]:
-    server = RabbitMQ()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize("results", ["redis", "postgresql"])

@@ -74,25 +74,22 @@ def test_a_worker_told_to_stop_gives_back_what_it_has_not_begun(stand: Pipelines
 
 
 def test_over_rabbitmq_with_results_in_postgresql(
-    tmp_path: Path, store_url: str, rabbitmq: RabbitMQ, simulator: RunningSimulator
+    tmp_path: Path, store_url: str, rabbitmq: RabbitMQ, postgresql: PostgreSQL, simulator: RunningSimulator
 ) -> None:
     """There a chord is Celery's own `chord_unlock`, in the caller's worker."""
-    database = PostgreSQL()
-    try:
-        with pipelines(tmp_path, store_url, simulator, broker_url=rabbitmq.url, result_backend=database.url) as stand:
-            stand.caller()
-            stand.worker()
-            simulator.configure(triggers={"refuse": "421"})
-            done = chord([stand.complete(ask(str(n))) for n in range(200)])(stand.mine("gather"))
-            text = chain(stand.mine("ask", "p"), stand.complete(), stand.mine("text")).apply_async()
-            failed = stand.complete(ask("refuse")).set(link_error=stand.mine("note").set(task_id="heard")).apply_async()
-            assert isinstance(text.get(timeout=WAIT_S), str)
-            with pytest.raises(RuntimeError, match="content_filter"):
-                failed.get(timeout=WAIT_S)
-            assert stand.result("heard").get(timeout=WAIT_S)[0] == failed.id
-            count, tokens = done.get(timeout=2 * WAIT_S)
-            assert count == 200
-            assert tokens < simulator.totals()["total_tokens"]
-            assert simulator.totals()["paid"] == 201
-    finally:
-        database.stop()
+    postgresql.flush()
+    with pipelines(tmp_path, store_url, simulator, broker_url=rabbitmq.url, result_backend=postgresql.url) as stand:
+        stand.caller()
+        stand.worker()
+        simulator.configure(triggers={"refuse": "421"})
+        done = chord([stand.complete(ask(str(n))) for n in range(200)])(stand.mine("gather"))
+        text = chain(stand.mine("ask", "p"), stand.complete(), stand.mine("text")).apply_async()
+        failed = stand.complete(ask("refuse")).set(link_error=stand.mine("note").set(task_id="heard")).apply_async()
+        assert isinstance(text.get(timeout=WAIT_S), str)
+        with pytest.raises(RuntimeError, match="content_filter"):
+            failed.get(timeout=WAIT_S)
+        assert stand.result("heard").get(timeout=WAIT_S)[0] == failed.id
+        count, tokens = done.get(timeout=2 * WAIT_S)
+        assert count == 200
+        assert tokens < simulator.totals()["total_tokens"]
+        assert simulator.totals()["paid"] == 201

@@ -95,13 +95,6 @@ def other() -> Iterator[Valkey]:
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def place(request: pytest.FixtureRequest, store_url: str, tmp_path: Path) -> Iterator[Place]:
     """The backend that a test is given by `on`, empty."""
