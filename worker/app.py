@@ -22,6 +22,7 @@ from jobs.keys import COMPLETE, SERVED
 from jobs.metrics import FOLLOWUPS
 from worker import complete, tasks
 from worker.drain import drain
+from worker.dropped import hide_bodies
 from worker.followups import FollowUps
 from worker.host import host
 
@@ -32,6 +33,7 @@ log = structlog.get_logger("worker")
 
 
 app = host().app
+app.conf.worker_consumer = "worker.dropped:Consumer"
 engine = host().engine
 tasks.register(app, engine, QUEUES)
 
@@ -94,6 +96,7 @@ def _stop_celery(worker: Any, status: int) -> None:
 @signals.setup_logging.connect(weak=False)
 def _logging(**_: Any) -> None:
     """The host has seen to it; without a receiver Celery would set up its own."""
+    hide_bodies()
 
 
 @signals.worker_init.connect(weak=False)
@@ -129,7 +132,10 @@ def _ready(sender: Any, **_: Any) -> None:
 
 @signals.worker_shutdown.connect(weak=False)
 def _leave(sender: Any, **_: Any) -> None:
+    drain().begin()
+    engine.join()
+    if _followups.cache_info().currsize:  # it has begun
+        _followups().stop()  # before the store is given back
     status = host().leave()
-    _followups().stop()
     sender.exitcode = sender.exitcode or status
     log.info("worker_ended", worker=engine.worker_id)

@@ -137,6 +137,28 @@ def test_an_invalid_request_fails_its_task_and_names_no_text_of_it(
     assert PROMPT not in message
 
 
+def test_what_no_task_takes_is_dropped_and_its_text_stays_out_of_the_log(stand: Pipelines) -> None:
+    stand.app.send_task("mimoq.compleet", kwargs={"request": ask()}, queue="mimoq.complete")
+    with stand.app.connection_for_write() as connection, connection.Producer() as producer:
+        for body, headers in (
+            (ask(), {}),
+            (ask(), {"task": "mimoq.complete"}),
+            ([PROMPT], {"task": "mimoq.ring", "id": 7}),
+        ):
+            producer.publish(body, routing_key="mimoq.complete", headers=headers, serializer="json")
+        producer.publish(
+            PROMPT.encode(),
+            routing_key="mimoq.complete",
+            content_type="application/x-nobody's",
+            content_encoding="binary",
+        )
+    assert stand.complete(ask()).apply_async().get(timeout=WAIT_S)  # behind them
+    log = stand.log.read_text()  # type: ignore[attr-defined]  # the fixture's
+    assert log.count("a message that no task here takes was dropped") >= 4
+    assert "mimoq.compleet" in log
+    assert PROMPT not in log
+
+
 def test_a_message_that_comes_twice_is_paid_for_once(stand: Pipelines, simulator: RunningSimulator) -> None:
     simulator.configure(hold=True)
     for _ in range(2):
