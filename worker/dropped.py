@@ -1,7 +1,7 @@
 """Messages that no task here takes: dropped with a line that holds nothing of them, whatever is wrong with them.
 
-Celery would print such a message whole, and it may hold somebody's prompt. Of one that lacks what every message of Celery's has it
-would take the error for a lost connection, and be sent that message again for ever.
+Celery would print such a message whole, and it may hold somebody's prompt. Of one that lacks what every message of Celery's
+has it would take the error for a lost connection, and be sent that message again for ever.
 """
 
 from __future__ import annotations
