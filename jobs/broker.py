@@ -32,6 +32,12 @@ VISIBILITY_S = 180.0
 SILENT_S = 30.0
 
 
+def check_address(settings: Settings) -> None:
+    """Raises `UsageError` for the address of a broker whose options can't be met."""
+    if settings.broker_url is not None:
+        tls.split(settings.broker_url.get_secret_value(), "MIMOQ_BROKER_URL")
+
+
 def make_app(settings: Settings, redis_url: str, *, acknowledges: bool = False) -> Celery:
     """The Celery app for these settings; `redis_url` is the store, used where no broker or backend is set.
 

@@ -238,19 +238,25 @@ class Settings(BaseSettings):
             raise ValueError("must be the plain path that the provider names, like my-endpoint")
         return value
 
+    @field_validator("redis_url", "broker_url", "result_backend")
+    @classmethod
+    def _server(cls, value: SecretStr | None) -> SecretStr | None:
+        # A broker may be one of several, divided by semicolons.
+        for address in value.get_secret_value().split(";") if value is not None else ():
+            if "://" not in address:
+                raise ValueError("must be an address like redis://host:6379/0")
+            try:
+                _ = urlsplit(address).port
+            except ValueError:  # whose message may hold a part of the password
+                raise ValueError(
+                    "can't be read; in its user and password, write /, #, ?, @ and : as %2F and so on"
+                ) from None
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value.get_secret_value())
-            _ = parts.port
-        except ValueError:  # whose message may hold a part of the password
-            raise ValueError(
-                "can't be read; in its user and password, write /, #, ?, @ and : as %2F and so on"
-            ) from None
-        if parts.scheme not in ("redis", "rediss", "unix"):
+        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return value
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jobs.backends import ResultBackend, open_backend
-from jobs.broker import Bell, make_app
+from jobs.broker import Bell, check_address, make_app
 from jobs.connections import SOCKET_TIMEOUT_S, check_schema, connect
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
@@ -43,6 +43,7 @@ class Connection:
         self, settings: Settings, say: Callable[[str], object] = log.warning, silent_s: float = SOCKET_TIMEOUT_S
     ) -> None:
         self.settings = settings
+        check_address(settings)  # the bell, which needs it, is made when all has been submitted
         # Who has little patience does not wait long for a store that stands still either.
         self._silent_s = min(silent_s, max(LEAST_SILENT_S, settings.store_patience_s))
         self.patience = Patience(settings.store_patience_s, say, self._mend)

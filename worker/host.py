@@ -16,7 +16,7 @@ import structlog
 
 from jobs import logs
 from jobs.backends import open_backend
-from jobs.broker import Bell, make_app
+from jobs.broker import Bell, check_address, make_app
 from jobs.connections import check_schema, connect
 from jobs.embedded import EmbeddedServer
 from jobs.errors import StoreUnavailable
@@ -41,6 +41,7 @@ class Host:
     def __init__(self) -> None:
         self.settings = load_settings()
         logs.configure(self.settings.log_level, self.settings.log_format)
+        check_address(self.settings)  # Celery, which needs it, comes when the engine has begun
         self._server: EmbeddedServer | None = None
         if self.settings.redis_url is not None:
             self.redis_url = self.settings.redis_url.get_secret_value()

@@ -280,3 +280,8 @@ def test_one_job_of_several_is_not_cancelled_with_the_others(store_url: str) -> 
         batch_id = producer.submit_many(["one", "two"])
         with pytest.raises(UsageError, match="one job of 2"):
             producer.cancel(f"{batch_id}-1")
+
+
+def test_a_broker_that_can_not_be_is_refused_before_anything_is_submitted(store_url: str) -> None:
+    with pytest.raises(UsageError, match=r"^MIMOQ_BROKER_URL: TLS options such as ssl_ca_certs need"):
+        Producer(redis_url=store_url, broker_url="amqp://127.0.0.1//?ssl_ca_certs=/x")

@@ -13,7 +13,12 @@ from jobs.errors import UsageError
 from jobs.settings import DEFAULT_BASE_URL, PREFIX, Settings, is_loopback, load_settings, sources
 
 SECRET = "sk-not-for-your-eyes"
-SECRETS = {"api_key": SECRET, "redis_url": f"redis://:{SECRET}@h", "broker_url": SECRET, "result_backend": SECRET}
+SECRETS = {
+    "api_key": SECRET,
+    "redis_url": f"redis://:{SECRET}@h",
+    "broker_url": f"amqp://u:{SECRET}@h",
+    "result_backend": f"db+postgresql+psycopg://u:{SECRET}@h/d",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +131,11 @@ def test_every_field_that_may_hold_a_password_is_secret() -> None:
         ("redis_url", f"http://:{SECRET}@h"),
         ("redis_url", f"redis://:{SECRET}/x@h"),
         ("redis_url", f"redis://:{SECRET}\u2100@h"),
+        ("broker_url", f"u:{SECRET}@h"),
+        ("broker_url", f"amqp://u:{SECRET}/x@h//"),
+        ("broker_url", f"amqp://u:p@h//;amqp://u:p@h:{SECRET}//"),
+        ("result_backend", f"u:{SECRET}@h/d"),
+        ("result_backend", f"db+postgresql+psycopg://u:{SECRET}/x@h/d"),
         ("base_url", f"https://user:{SECRET}@host"),
         ("base_url", f"https://host/?key={SECRET}"),
         ("base_url", f"http://{SECRET}.example"),
@@ -207,7 +217,7 @@ def test_redis_urls(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["h:6379", "http://h", "redis+socket:///s", "amqp://h"])
 def test_a_bad_redis_url_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match=r"^MIMOQ_REDIS_URL: must begin with"):
+    with pytest.raises(UsageError, match=r"^MIMOQ_REDIS_URL: must be(gin with| an address like)"):
         load_settings(redis_url=url)
 
 
