@@ -97,7 +97,7 @@ class Core:
         self.tally = Tally()
         self._reports = Reports(self.tally)
         self.counts = Counts(self.tally)
-        self.scrapes = Scrapes(self.connection.client, settings, self.tally)
+        self.scrapes = Scrapes(self.connection.client, settings, self.tally, self.ringer.depth)
         self.outbound = Outbound(settings)
         self._deliverer = Deliverer(self.client, self.outbound.post, self.counts.delivery)
         self._room: Room | None = None  # of the one thread that commits

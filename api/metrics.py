@@ -1,7 +1,7 @@
 """`/metrics`: the totals of all processes, the state of the store, and what this API process has counted itself.
 
 What goes wrong: the store does not answer within two seconds. Then `mimoq_store_up` is 0, of the store there is nothing,
-and what this process knows of itself is told all the same.
+and what this process knows of itself is told all the same. A broker that does not answer is waited for one second in ten.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from jobs import keys
+from jobs import identity, keys
 from jobs.connections import redis_errors
 from jobs.errors import MimoqError
 from jobs.exposition import families, process, render
@@ -22,6 +22,7 @@ from jobs.limits import all_limits
 from jobs.metrics import (
     BATCHES,
     DELIVERIES,
+    FOLLOWUPS,
     FOLLOWUPS_PENDING,
     GATE_PROBE,
     GATE_SHUT,
@@ -36,6 +37,7 @@ from jobs.metrics import (
     OLDEST_READY,
     OPEN_BATCHES,
     OPEN_BATCHES_READ,
+    PIPELINE_MESSAGES,
     READY_JOBS,
     STORE_UP,
     WEBHOOKS_DEAD,
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
 CACHED_S = 1.0
 #: Seconds a scrape waits for the store.
 PATIENCE_S = 2.0
+#: Seconds that a look at the broker serves every scrape, and that scrapes wait for one, counted from its beginning.
+BROKER_CACHED_S = 10.0
+BROKER_PATIENCE_S = 1.0
 #: Batches that are looked at in one step, for a script keeps everyone else waiting; and seconds for all steps: what a busy
 #: store does not tell in time is left out, before a scrape takes it for being away.
 STEP = 200
@@ -87,19 +92,25 @@ class Counts:
 class Scrapes:
     """Answers scrapes of one API process, from looks at the store that are shared.
 
-    `client` is a sync client of the store, used in a thread.
+    `client` is a sync client of the store, used in a thread; `depth(lane, upstream)` tells how many messages wait on a
+    lane's queue, as `jobs.broker.Bell` does, and is used in a thread too. Without it nothing is told of the broker.
     """
 
-    def __init__(self, client: redis.Redis, settings: Settings, tally: Tally) -> None:
+    def __init__(
+        self, client: redis.Redis, settings: Settings, tally: Tally, depth: Callable[[str, str], int] | None = None
+    ) -> None:
         self._client = client
         self._settings = settings
         self._tally = tally
+        self._pipelines = Pipelines(depth, identity.label(settings)) if depth is not None else None
         self._look: asyncio.Task[dict[Cell, float]] | None = None
         self._began = 0.0
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text and its content type; `accept` is the request's Accept header. Never fails for the store's sake."""
         store = await self._store()
+        if self._pipelines is not None and store.get((STORE_UP.name,)):
+            store = store | await self._pipelines.messages()
         own = dict(self._tally.cells)
         return await asyncio.to_thread(_text, store, own, accept)
 
@@ -120,6 +131,32 @@ class Scrapes:
             return {(STORE_UP.name,): 0}
 
 
+class Pipelines:
+    """Looks at the queue of pipelines, one look at a time. One that hangs keeps a thread, and no scrape but the first."""
+
+    def __init__(self, depth: Callable[[str, str], int], upstream: str) -> None:
+        self._depth = depth
+        self._upstream = upstream
+        self._look: asyncio.Task[dict[Cell, float]] | None = None
+        self._began = 0.0
+
+    async def messages(self) -> dict[Cell, float]:
+        """How many wait; empty while the broker does not answer, or not in time."""
+        look, now = self._look, time.monotonic()
+        if look is None or (look.done() and now - self._began >= BROKER_CACHED_S):
+            self._began = now
+            look = self._look = asyncio.create_task(asyncio.to_thread(self._read))
+        done, _ = await asyncio.wait([look], timeout=max(0.0, self._began + BROKER_PATIENCE_S - now))
+        return look.result() if done else {}
+
+    def _read(self) -> dict[Cell, float]:
+        try:
+            return {(PIPELINE_MESSAGES.name, keys.COMPLETE): self._depth(keys.COMPLETE, self._upstream)}
+        except MimoqError as error:
+            log.warning("metrics_without_broker", reason=str(error))
+            return {}
+
+
 def _text(store: dict[Cell, float], own: dict[Cell, float], accept: str) -> tuple[bytes, str]:
     return render([*families("store", store), *families("api", own), *process()], accept)
 
@@ -136,7 +173,9 @@ def read(client: redis.Redis, settings: Settings) -> dict[Cell, float]:
         pipe.zcard(keys.FOLLOWUPS)
         (seconds, micros), raw, open_batches, pending, followups = pipe.execute()
         now = seconds + micros / 1e6
-        cells = totals(raw)
+        # Prometheus sees no increase where a series begins with its first count: the first one given up would alert nobody.
+        cells: dict[Cell, float] = {(FOLLOWUPS.name, result): 0 for result in ("done", "failed", "given_up")}
+        cells |= totals(raw)
         cells |= {
             (STORE_UP.name,): 1,
             (OPEN_BATCHES.name,): open_batches,

@@ -215,6 +215,14 @@ FOLLOWUPS = Metric(
 FOLLOWUPS_PENDING = Metric(
     "followups_pending", "gauge", STORE, "Follow-ups of ended jobs that are still to be seen to."
 )
+PIPELINE_MESSAGES = Metric(
+    "pipeline_messages",
+    "gauge",
+    STORE,
+    "Messages of Celery pipelines that wait on their queue, and are no jobs until a worker takes them; rings for their lane "
+    "are among them. Absent while the broker does not answer.",
+    ("lane",),
+)
 
 # -- the API
 

@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from api.metrics import Counts, Scrapes
-from jobs import keys, leases
+from jobs import identity, keys, leases
+from jobs.broker import Bell, make_app
 from jobs.connections import connect, connect_async
+from jobs.errors import StoreUnavailable
 from jobs.gates import server_time
 from jobs.identity import account_of
 from jobs.metrics import TABLE
@@ -23,6 +26,7 @@ from jobs.settings import Settings, load_settings
 from jobs.store import NewBatch, Store
 from jobs.tally import Reports, Tally
 from tests.components import Valkey
+from tests.integration.api_stand import core_standing
 from tests.integration.engine_stand import FakeUpstream, in_loop, refused, standing, until
 from tests.integration.scraping import Samples, of, read
 from tests.integration.store_model import requests, run
@@ -77,6 +81,8 @@ def test_an_empty_store_has_its_zeros(store: Store) -> None:
         assert found["mimoq_workers", lane] == 0
     assert found["mimoq_open_batches",] == found["mimoq_webhooks_pending",] == found["mimoq_webhooks_dead",] == 0
     assert found["mimoq_late_answers_total",] == 0
+    for result in ("done", "failed", "given_up"):
+        assert found["mimoq_followups_total", result] == 0, "its first count would be no increase"
 
 
 def test_jobs_by_state_and_lane_depth_and_age(store: Store, store_url: str) -> None:
@@ -176,6 +182,92 @@ def test_webhooks_by_what_becomes_of_them(store: Store) -> None:
     store.client.zadd(keys.DEAD, {"evt_c": now - 10, "evt_d": now - DEAD_KEPT_S - 10})  # of evt_d nothing can be seen
     found = look(store)
     assert (found["mimoq_webhooks_pending",], found["mimoq_webhooks_dead",]) == (2, 1)
+
+
+# -- pipelines
+
+
+async def pipeline_messages(scrapes: Scrapes) -> Samples:
+    """What one scrape says of them, by lane."""
+    found = read((await scrapes.exposition())[0])
+    assert found["mimoq_store_up",] == 1
+    return {key[1:]: value for key, value in found.items() if key[0] == "mimoq_pipeline_messages"}
+
+
+def test_messages_that_no_worker_has_taken_are_told_of(store: Store, store_url: str) -> None:
+    app = make_app(settings(), store_url)
+    bell = Bell(app)
+
+    def waiting(**more: Any) -> Samples:
+        return asyncio.run(pipeline_messages(Scrapes(store.client, settings(**more), Tally(), bell.depth)))
+
+    assert waiting() == {("complete",): 0}
+    for _ in range(3):
+        app.send_task("mimoq.complete", ({"prompt": "p"},), queue="mimoq.complete", ignore_result=True)
+    bell.ring("b", "complete", identity.SIMULATED, 1)
+    assert waiting() == {("complete",): 3}
+    assert waiting(simulated=True) == {("complete",): 1}
+    app.close()
+
+
+@in_loop
+async def test_an_api_process_tells_of_the_messages_on_its_broker(store_url: str) -> None:
+    app = make_app(settings(), store_url)
+    app.send_task("mimoq.complete", ({"prompt": "p"},), queue="mimoq.complete", ignore_result=True)
+    async with core_standing(store_url) as (core, client):
+        # The ringer makes the bell meanwhile: the first look may take longer than a scrape waits.
+        await asyncio.to_thread(core.ringer.depth, "complete", "")
+        assert read((await client.get("/metrics")).content)["mimoq_pipeline_messages", "complete"] == 1
+    app.close()
+
+
+@in_loop
+async def test_of_a_broker_that_is_away_nothing_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def depth(lane: str, upstream: str) -> int:
+        asked.append((lane, upstream))
+        if len(asked) == 1:
+            raise StoreUnavailable("the broker does not answer")
+        return 7
+
+    scrapes = Scrapes(store.client, settings(), Tally(), depth)
+    assert await pipeline_messages(scrapes) == await pipeline_messages(scrapes) == {}
+    assert asked == [("complete", identity.label(settings()))], "one look serves all scrapes of some seconds"
+    monkeypatch.setattr("api.metrics.BROKER_CACHED_S", 0.0)
+    assert await pipeline_messages(scrapes) == {("complete",): 7}
+
+
+@in_loop
+async def test_a_broker_that_hangs_holds_up_one_scrape_for_so_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.metrics.BROKER_PATIENCE_S", 0.3)
+    monkeypatch.setattr("api.metrics.BROKER_CACHED_S", 0.0)
+    answers = Event()
+    looks: list[str] = []
+
+    def depth(lane: str, _: str) -> int:
+        looks.append(lane)
+        assert answers.wait(60)
+        return 2
+
+    scrapes = Scrapes(store.client, settings(), Tally(), depth)
+    pipelines = scrapes._pipelines
+    assert pipelines is not None
+    try:
+        began = time.monotonic()
+        assert await pipeline_messages(scrapes) == {}
+        assert time.monotonic() - began >= 0.3
+        began = time.monotonic()
+        for _ in range(20):
+            assert await pipelines.messages() == {}
+        assert time.monotonic() - began < 20 * 0.3, "each waits anew"
+        assert looks == ["complete"], "looks pile up"
+    finally:
+        answers.set()
+    while await pipeline_messages(scrapes) != {("complete",): 2}:
+        assert time.monotonic() - began < 60
 
 
 # -- limiter and gates

@@ -129,6 +129,8 @@ def test_the_alerts_that_an_operator_wants_are_there() -> None:
         "MimoqOldestJob",
         "MimoqNoWorker",
         "MimoqLaneWithoutWorker",
+        "MimoqFollowupsGivenUp",
+        "MimoqFollowupsPending",
         "MimoqFailures",
         "MimoqLeaseLosses",
         "MimoqStoreAway",
@@ -198,6 +200,9 @@ def test_the_dashboard_shows_what_it_is_for() -> None:
         "mimoq_call_seconds_bucket",
         "mimoq_lease_losses_total",
         "mimoq_workers",
+        "mimoq_pipeline_messages",
+        "mimoq_followups_pending",
+        "mimoq_followups_total",
     }
 
 
@@ -237,3 +242,19 @@ def test_it_is_provisioned_with_its_source() -> None:
     assert source["isDefault"] is True
     (provider,) = yaml.safe_load((folder / "dashboards/mimoq.yml").read_text(encoding="utf-8"))["providers"]
     assert provider["options"]["path"] == "/etc/grafana/dashboards"
+
+
+# -- RabbitMQ
+
+
+def test_the_setting_of_rabbitmq_has_one_name() -> None:
+    """Told in the documents as it is set; a name that it does not know keeps RabbitMQ from starting."""
+    found = {
+        path.relative_to(ROOT).as_posix(): set(re.findall(r"[\w.]*property_equivalence[\w.]*", path.read_text("utf-8")))
+        for folder, pattern in (("docs", "*.md"), ("ops", "*"))
+        for path in (ROOT / folder).rglob(pattern)
+        if path.is_file() and path.suffix in (".md", ".conf", ".yml", ".sh")
+    }
+    named = {path: names for path, names in found.items() if names}
+    assert set(named) >= {"docs/brokers.md", "ops/rabbitmq/rabbitmq.conf"}
+    assert set().union(*named.values()) == {"quorum_queue.property_equivalence.relaxed_checks_on_redeclaration"}
