@@ -273,10 +273,13 @@ class Store:
             self.backend.keep([job_id(batch_id, index) for index in range(start, min(total, start + SCRIPT_JOBS))])
 
     def _forget_failures(self, batch_id: str, start: int) -> None:
-        """Takes failures that are to be queued again out of the backend; before that, so that no new result goes."""
+        """Takes failures that are to be queued again out of the backend; before that, so that no new result goes.
+
+        Who does it for a second time, and later than a job's new answer, takes nothing of that either.
+        """
         states = self.client.getrange(keys.states(batch_id), start, start + SCRIPT_JOBS - 1)
         failed = [start + place for place, byte in enumerate(states) if TERMINAL.get(byte) is JobState.FAILED]
-        self.backend.delete([job_id(batch_id, index) for index in failed])
+        self.backend.delete_failures([job_id(batch_id, index) for index in failed])
 
     @patient
     def delete(self, batch_id: str, tenant: str) -> None:

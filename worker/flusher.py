@@ -189,9 +189,9 @@ class Flusher:
             log.info("results_back", backend=outside.name)
             self._outside_away = False
         del self._unstored[: len(block)]
-        going_on = {id(end) for end in left}
-        again = [end for end in block if id(end) not in going_on]
-        self._held_bytes -= sum(len(end.payload) for end in again)
+        going_on = {id(end.job) for end in left}  # an end may come back as another
+        again = [end for end in block if id(end.job) not in going_on]
+        self._held_bytes += _bytes(left) - _bytes(block)
         for end in again:
             self._on_told(end, "again")
         if again:
@@ -238,7 +238,7 @@ class Flusher:
                 last = len(block) == len(ends)
                 await self._write_block(block, backs if last else [], settlements)
                 del ends[: len(block)]
-                self._held_bytes -= sum(len(end.payload) for end in block)
+                self._held_bytes -= _bytes(block)
                 if settlements:
                     settlements.clear()
                     self._on_settled()
@@ -289,6 +289,10 @@ def _by_batch(items: Iterable[T], job: Callable[[T], Job]) -> dict[str, list[T]]
     for item in items:
         found[job(item).batch_id].append(item)
     return found
+
+
+def _bytes(ends: list[End]) -> int:
+    return sum(len(end.payload) for end in ends)
 
 
 def _block(ends: list[End]) -> list[End]:

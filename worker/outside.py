@@ -8,17 +8,21 @@ The backend's calls are made in threads.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
+import structlog
+
 from jobs import keys
 from jobs.backends import ResultBackend
 from jobs.errors import StoreUnavailable
 from jobs.leases import End, Job
-from jobs.results import StoredResult, decode_result
+from jobs.results import About, Failure, StoredResult, decode_result, failure_payload, split
 from jobs.states import job_id
 
 #: Revoked results written at once, and how often that is done in one of the reaper's rounds.
@@ -28,9 +32,19 @@ ROUNDS = 20
 THREADS = 4
 #: Seconds between two cleanups, over all workers.
 CLEANUP_S = 3_600
+#: Seconds after one that failed: the backend may still be at it, and have little time for anything else.
+CLEANUP_AGAIN_S = 300
+
+#: The code of a job whose result the backend refuses for what it holds, and what is said of it.
+REFUSED = "result_refused"
+REFUSED_MESSAGE = "the result backend refuses to store this job's result; what the calls cost is counted"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+log = structlog.get_logger("worker.outside")
+
+_decode_about = msgspec.json.Decoder(About).decode
 
 
 class Outside:
@@ -68,7 +82,8 @@ class Outside:
         """Stores the results of jobs that have not ended; returns the ends whose state is still to be changed.
 
         Left out are those that were written before, down to the state: only the reply was lost. One without a payload
-        stands for an answer that is stored already.
+        stands for an answer that is stored already. In the place of one whose result the backend refuses comes the failed
+        end that says so.
         """
         pipe = self._store.pipeline(transaction=False)
         for end in block:
@@ -77,19 +92,48 @@ class Outside:
             pipe.hget(keys.claims(job.batch_id), str(job.index))
         replies = await pipe.execute()
         ended: list[End] = []
-        results: list[tuple[str, bytes]] = []
+        unstored: list[End] = []
+        held: set[int] = set()
         for end, byte, holder in zip(block, replies[::2], replies[1::2], strict=True):
             if byte not in (b"", b"\0"):
                 ended.append(end)
             elif end.payload and (end.letter == "s" or holder == end.job.token.encode()):
-                results.append((end.job.job_id, end.payload))
-        if results:
-            await self._call(self._backend.write, results)
-        if not ended:
-            return block
-        stored = await self._read([end.job.job_id for end in ended])
+                unstored.append(end)
+                if holder == end.job.token.encode():
+                    held.add(id(end))
+        refused = {id(end): await self._refuse(end, id(end) in held) for end in await self._write_ends(unstored)}
+        stored = await self._read([end.job.job_id for end in ended]) if ended else []
         again = {id(end) for end, found in zip(ended, stored, strict=True) if found is not None and _same(end, found)}
-        return [end for end in block if id(end) not in again]
+        return [refused.get(id(end), end) for end in block if id(end) not in again]
+
+    async def _write_ends(self, ends: list[End]) -> list[End]:
+        """Returns those whose results were refused."""
+        refused = set(await self._write([(end.job.job_id, end.payload) for end in ends]))
+        return [end for end in ends if end.job.job_id in refused]
+
+    async def _refuse(self, end: End, held: bool) -> End:
+        """The failure that takes the place of a refused end, stored where the job is `held`: else another may yet answer it.
+
+        Where the backend refuses that too, the job's state says it alone.
+        """
+        failed = _refused(end)
+        if held and failed.payload:
+            await self._write_ends([failed])
+        log.error("result_refused", job=end.job.job_id, backend=self.name, bytes=len(end.payload))
+        return failed
+
+    async def _write(self, results: list[tuple[str, bytes]]) -> list[str]:
+        """Returns the ids of jobs whose result the backend refuses, whatever comes with it."""
+        if not results:
+            return []
+        try:
+            await self._call(self._backend.write, results)
+        except ValueError:
+            if len(results) == 1:
+                return [results[0][0]]
+            half = len(results) // 2
+            return await self._write(results[:half]) + await self._write(results[half:])
+        return []
 
     async def _read(self, job_ids: Sequence[str]) -> list[StoredResult | None]:
         """Results; what somebody spoilt is taken for one that is not there."""
@@ -121,7 +165,7 @@ class Outside:
             if not listed:
                 return True
             told = [raw.split(b" ", 1) for raw in listed]
-            await self._call(self._backend.write, [(job_id.decode(), payload) for job_id, payload in told])
+            await self._write([(job_id.decode(), payload) for job_id, payload in told])
             # One by one: where the last reaper is still at it, none goes that nobody has written.
             pipe = self._store.pipeline(transaction=False)
             for raw in listed:
@@ -156,16 +200,28 @@ class Outside:
             old = await self._store.zrangebyscore(keys.BATCHES, "-inf", time.time() - self._ttl_s)
             await self._call(self._backend.cleanup, self._ttl_s, [raw.decode() for raw in old])
         except (StoreUnavailable, asyncio.CancelledError):
-            await self._store.delete(keys.CLEANED)
+            await self._store.expire(keys.CLEANED, CLEANUP_AGAIN_S)
             raise
 
 
 def _same(end: End, stored: StoredResult) -> bool:
     """Whether this very end is what is stored."""
-    if not end.payload:
+    if end.letter == "s" and not end.payload:
         return stored.status == "SUCCESS"
     try:
         told = decode_result(end.payload)
+        # As times: a backend need not spell one as it was told.
+        return (told.status, told.ended_at, told.mimoq) == (stored.status, stored.ended_at, stored.mimoq)
     except ValueError:
         return False
-    return (told.status, told.date_done, told.mimoq) == (stored.status, stored.date_done, stored.mimoq)
+
+
+def _refused(end: End) -> End:
+    """The failed end of a job whose result can't be kept, with what stood beside that, unless it is spoilt."""
+    try:
+        about = _decode_about(split(end.payload).about)
+    except (ValueError, msgspec.MsgspecError):
+        return dataclasses.replace(end, letter="f", payload=b"", code=REFUSED)
+    about = msgspec.structs.replace(about, error=Failure(REFUSED, REFUSED_MESSAGE, about.status))
+    payload = failure_payload(end.job.job_id, about, compress=False)
+    return dataclasses.replace(end, letter="f", payload=payload, code=REFUSED)

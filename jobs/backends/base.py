@@ -42,10 +42,16 @@ class ResultBackend(Protocol):
         """Results by job id, None where there is none. Raises `ValueError` for one that somebody spoilt."""
 
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
-        """Stores packed results by job id, each in the place of what was there; who waits for one is woken."""
+        """Stores packed results by job id, each in the place of what was there; who waits for one is woken.
+
+        Raises `ValueError` when it is there and refuses one of them for what that holds; the others may be stored then.
+        """
 
     def delete(self, job_ids: Sequence[str]) -> None:
         """Deletes the results of these jobs."""
+
+    def delete_failures(self, job_ids: Sequence[str]) -> None:
+        """Deletes the results of these jobs but for answers, such as one that came meanwhile."""
 
     def keep(self, job_ids: Sequence[str]) -> None:
         """Lets the results of these jobs go at no time, where `expires`."""

@@ -2,13 +2,20 @@
 
 The answer is the Celery result of the job's id. What is kept beside it goes under a second id, `<job id>.mimoq`, first, so
 that an answer that is there has it too. Answers are decoded and encoded again on the way, each in a call of its own.
+
+What goes wrong: what a backend raises does not say whether it is away or will never take this one value, as one of many
+megabytes. So it is asked for something else in between, and what fails by itself, several times over, is a `ValueError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,8 +24,15 @@ from jobs.errors import StoreUnavailable, UsageError
 from jobs.results import NO_BODY_JSON, About, StoredResult, split
 
 _PENDING = "PENDING"
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
+#: How often a value fails, and something else does not, before it is taken to be at fault.
+TRIES = 3
+#: The id of a result that nobody has.
+ASKED = "mimoq"
+
+#: A number beyond a float's, as json writes it, and strings, in which it may stand as a word.
+_INFINITE = re.compile(r'("(?:[^"\\]|\\.)*")|Infinity')
+
+T = TypeVar("T")
 
 
 class _Beside(msgspec.Struct):
@@ -47,7 +61,14 @@ class CeleryResults:
         scheme = url.partition("://")[0]
         self.name = f"the {scheme}:// backend of Celery"
         self._app = Celery("mimoq-results", backend=url, set_as_current=False)
-        self._app.conf.update(result_serializer="json", accept_content=["json"], result_expires=ttl_s)
+        self._app.conf.update(
+            result_serializer="json",
+            accept_content=["json"],
+            result_expires=ttl_s,
+            # Who calls tries again, in its own way; and a database that is away is met at the first call.
+            result_backend_always_retry=False,
+            database_create_tables_at_setup=False,
+        )
         try:
             _ = self._backend
         except Exception as error:  # whatever its module raises; its message may hold the address
@@ -68,10 +89,30 @@ class CeleryResults:
         except Exception as error:  # each backend's client raises its own
             raise StoreUnavailable(f"{self.name} does not answer ({type(error).__name__}): {HINT}") from None
 
+    def _alone(self, work: Callable[[], T], probe: Callable[[], object]) -> T:
+        """What `work` returns. Raises `ValueError` when it fails time and again while `probe`, in between, does not."""
+        for _ in range(TRIES):
+            try:
+                return work()
+            except Exception as error:  # each backend's client raises its own
+                kind = type(error).__name__
+                if _is_of_the_place(error):
+                    with self._errors():
+                        raise
+            with self._errors():
+                probe()
+        raise ValueError(f"{self.name} refuses a result, or to give it ({kind})")
+
     def check(self) -> None:
         """Asks it for a result that nobody has."""
         with self._errors():
-            self._meta("mimoq")
+            self._meta(ASKED)
+
+    def _probe(self) -> None:
+        """Writes a small result, and gives it up again."""
+        task_id = f"{ASKED}-{secrets.token_hex(8)}"
+        self._store(task_id, None)
+        self._backend.forget(task_id)
 
     def _meta(self, task_id: str) -> dict[str, Any]:
         found: dict[str, Any] = self._backend.get_task_meta(task_id, cache=False)
@@ -79,39 +120,51 @@ class CeleryResults:
 
     def read(self, job_ids: Sequence[str]) -> list[StoredResult | None]:
         """Two calls a job."""
-        with self._errors():
-            return [self._read(job_id) for job_id in job_ids]
+        return [self._read(job_id) for job_id in job_ids]
 
     def _read(self, job_id: str) -> StoredResult | None:
-        meta = self._meta(job_id)
+        def metas() -> tuple[dict[str, Any], dict[str, Any]]:
+            meta = self._meta(job_id)
+            return meta, self._meta(f"{job_id}.mimoq") if meta["status"] != _PENDING else meta
+
+        meta, beside = self._alone(metas, lambda: self._meta(ASKED))
         if meta["status"] == _PENDING:
             return None
-        beside = self._meta(f"{job_id}.mimoq")
-        told = _decode_beside(_encode(beside["result"])) if beside["status"] != _PENDING else _Beside("")
-        return StoredResult(
-            status=meta["status"],
-            task_id=job_id,
-            result=msgspec.Raw(_encode(_exception(meta["result"]))),
-            mimoq=told.mimoq,
-            date_done=told.date_done or None,
-        )
+        try:
+            told = _decode_beside(_encode(beside["result"])) if beside["status"] != _PENDING else _Beside("")
+            result = msgspec.Raw(_encode(_exception(meta["result"])))
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
+        return StoredResult(meta["status"], job_id, result, told.mimoq, told.date_done or None)
 
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
-        """Four calls a job, at most."""
-        with self._errors():
-            for job_id, payload in results:
-                self._write(job_id, payload)
+        """Five calls a job; an answer that is there stays. Raises `ValueError` at the first that it refuses."""
+        for job_id, payload in results:
+            self._write(job_id, payload)
 
     def _write(self, job_id: str, payload: bytes) -> None:
         parts = split(payload)
-        beside = {"date_done": parts.date_done, "mimoq": _decode(parts.about or NO_BODY_JSON)}
-        # One that succeeded is never written over by Celery, so a rewritten failure's second id is given up first.
-        self._forget(f"{job_id}.mimoq")
-        self._backend.store_result(f"{job_id}.mimoq", beside, "SUCCESS")
-        result = _decode(parts.result)
+        try:
+            beside = {"date_done": parts.date_done, "mimoq": json.loads(parts.about or NO_BODY_JSON)}
+            result = json.loads(parts.result)
+        except RecursionError:
+            raise ValueError("a result is too deep to be decoded") from None
         if parts.status != "SUCCESS":
             result = _raised(result)
-        self._backend.store_result(job_id, result, parts.status)
+
+        def store() -> None:
+            # One that succeeded is never written over by Celery: an answer stays with what is beside it, and a rewritten
+            # failure's second id is given up first.
+            if self._meta(job_id)["status"] == "SUCCESS":
+                return
+            self._forget(f"{job_id}.mimoq")
+            self._store(f"{job_id}.mimoq", beside)
+            self._store(job_id, result, parts.status)
+
+        self._alone(store, self._probe)
+
+    def _store(self, task_id: str, result: Any, status: str = "SUCCESS") -> None:
+        self._backend.store_result(task_id, result, status)
 
     def delete(self, job_ids: Sequence[str]) -> None:
         """Four calls a job."""
@@ -119,6 +172,12 @@ class CeleryResults:
             for job_id in job_ids:
                 self._forget(job_id)
                 self._forget(f"{job_id}.mimoq")
+
+    def delete_failures(self, job_ids: Sequence[str]) -> None:
+        """Five calls a job; an answer that comes between two of them goes with the failure."""
+        with self._errors():
+            failed = [job_id for job_id in job_ids if self._meta(job_id)["status"] != "SUCCESS"]
+        self.delete(failed)
 
     def _forget(self, task_id: str) -> None:
         if self._meta(task_id)["status"] != _PENDING:  # not every backend takes it that there is nothing
@@ -142,6 +201,21 @@ class CeleryResults:
     def close(self) -> None:
         """Closes Celery's app."""
         self._app.close()
+
+
+def _is_of_the_place(error: Exception) -> bool:
+    """Whether an error is known to be about where results are kept (a disk that is full, a lock, a right), not about one."""
+    return (isinstance(error, OSError) and error.errno is not None) or isinstance(
+        getattr(error, "orig", None), sqlite3.OperationalError
+    )
+
+
+def _encode(value: Any) -> bytes:
+    """JSON, with the numbers in it that `json` alone would spell otherwise."""
+    text = json.dumps(value, separators=(",", ":"))
+    if "Infinity" in text:
+        text = _INFINITE.sub(lambda found: found[1] or "1e999", text)
+    return text.encode()
 
 
 def _raised(stored: dict[str, Any]) -> BaseException:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, LiteralString, TypeVar
 
 import msgspec
 import psycopg
@@ -31,6 +31,8 @@ from jobs.results import GZIP, NO_BODY_JSON, About, StoredResult, split, unpack
 CONNECTIONS = 8
 #: Rows deleted in one statement of a cleanup.
 CLEANUP_ROWS = 5_000
+#: How much of the time that a server may say nothing a statement of a cleanup may take.
+BOUND = 0.8
 #: Number of the lock under which the table is made: "mimoq" in ASCII.
 LOCK = 0x6D696D6F71
 #: Seconds that another process may take to make the table.
@@ -38,7 +40,9 @@ MAKE_S = 60.0
 
 COLUMN = "ALTER TABLE celery_taskmeta ADD COLUMN IF NOT EXISTS mimoq bytea"
 
-#: The order of rows is the same in each statement, so that two of them never wait for each other's.
+#: The order of rows is the same in each statement, so that two of them never wait for each other's. An answer is replaced by
+#: nothing but an answer, as in Celery's own backends: of two writes under way at once, the failure of the one may come after
+#: the answer of the other, which has been paid for and is what readers are to have.
 WRITE = """
 INSERT INTO celery_taskmeta AS kept (id, task_id, status, result, date_done, mimoq)
 SELECT nextval('task_id_sequence'), new.* FROM unnest(
@@ -48,15 +52,18 @@ ON CONFLICT (task_id) DO UPDATE SET status = excluded.status, result = excluded.
     mimoq = excluded.mimoq, traceback = NULL, children = NULL
 WHERE (kept.status, kept.result, kept.date_done, kept.mimoq)
     IS DISTINCT FROM (excluded.status, excluded.result, excluded.date_done, excluded.mimoq)
+    AND (kept.status IS DISTINCT FROM 'SUCCESS' OR excluded.status = 'SUCCESS')
 """
 READ = "SELECT task_id, status, result, date_done, mimoq FROM celery_taskmeta WHERE task_id = ANY(%b)"
 DELETE = "DELETE FROM celery_taskmeta WHERE task_id = ANY(%b)"
+DELETE_FAILURES = f"{DELETE} AND status IS DISTINCT FROM 'SUCCESS'"
 #: A job's id is its batch's, a hyphen and a number.
 CLEANUP = """
 DELETE FROM celery_taskmeta WHERE id IN (
     SELECT id FROM celery_taskmeta WHERE date_done < %s AND rtrim(task_id, '0123456789') <> ALL(%s) LIMIT %s
 )
 """
+LIMIT = "SELECT set_config('statement_timeout', %s, true)"
 CLEANUP_GROUPS = "DELETE FROM celery_tasksetmeta WHERE date_done < %s"
 MADE = """
 SELECT to_regclass('celery_taskmeta') IS NOT NULL, to_regclass('celery_tasksetmeta') IS NOT NULL,
@@ -69,6 +76,11 @@ _REFUSALS = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|(role|database) \".*\" does not exist"
     r"|permission denied for database|Name or service not known|nodename nor servname"
 )
+
+#: Classes of codes (data exception, limit exceeded) with which it refuses a statement for what that holds; but not the codes
+#: of a table that has no number left for a row.
+_CONTENT = ("22", "54")
+_NO_NUMBER = ("2200H", "22003")
 
 #: The table, or our column in it, is not there.
 _NOT_MADE = (errors.UndefinedTable, errors.UndefinedColumn)
@@ -135,7 +147,7 @@ class PostgreSQLResults:
         return [_stored(found[job_id]) if job_id in found else None for job_id in job_ids]
 
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
-        """One statement, and one commit."""
+        """One statement, and one commit. Raises `ValueError` when it refuses one of them for what that holds."""
         if not results:
             return
         columns = list(zip(*(self._row(job_id, value) for job_id, value in sorted(dict(results).items())), strict=True))
@@ -157,9 +169,16 @@ class PostgreSQLResults:
 
     def delete(self, job_ids: Sequence[str]) -> None:
         """One statement."""
+        self._delete(DELETE, job_ids)
+
+    def delete_failures(self, job_ids: Sequence[str]) -> None:
+        """One statement."""
+        self._delete(DELETE_FAILURES, job_ids)
+
+    def _delete(self, statement: LiteralString, job_ids: Sequence[str]) -> None:
         if job_ids:
             with suppress(*_NOT_MADE):
-                self._call(lambda connection: connection.execute(DELETE, (list(job_ids),)))
+                self._call(lambda connection: connection.execute(statement, (list(job_ids),)))
 
     def keep(self, job_ids: Sequence[str]) -> None:
         """Nothing: none goes by itself."""
@@ -172,13 +191,23 @@ class PostgreSQLResults:
         before = datetime.fromtimestamp(time.time() - ttl_s, UTC).replace(tzinfo=None)
         batches = [f"{batch_id}-" for batch_id in kept]
 
-        def some(connection: _Connection) -> int:
-            return connection.execute(CLEANUP, (before, batches, CLEANUP_ROWS)).rowcount
-
         with suppress(*_NOT_MADE):
-            while self._call(some) == CLEANUP_ROWS:
+            while self._bounded(CLEANUP, (before, batches, CLEANUP_ROWS)) == CLEANUP_ROWS:
                 pass
-            self._call(lambda connection: connection.execute(CLEANUP_GROUPS, (before,)))
+            self._bounded(CLEANUP_GROUPS, (before,))
+
+    def _bounded(self, statement: LiteralString, values: tuple[Any, ...]) -> int:
+        """How many rows a statement changed that the server ends before it is given up on here, and would go on there."""
+
+        def work(connection: _Connection) -> int:
+            # In a transaction, so that a pooler's other clients have nothing of it; one that fails ends with its connection.
+            connection.execute("BEGIN")
+            connection.execute(LIMIT, (f"{round(BOUND * 1000 * self._silent_s)}",))
+            count = connection.execute(statement, values).rowcount
+            connection.execute("COMMIT")
+            return count
+
+        return self._call(work)
 
     def memory(self) -> Memory | None:
         """None: it is a matter of disks."""
@@ -239,16 +268,20 @@ class PostgreSQLResults:
             raise StoreFull("PostgreSQL's disk is full: make room there; nothing was lost") from None
         except errors.ReadOnlySqlTransaction:
             raise StoreUnavailable(f"PostgreSQL takes no writes, as a standby does: {HINT}") from None
-        except psycopg.OperationalError as error:
+        except errors.QueryCanceled:
+            raise StoreUnavailable("PostgreSQL took too long over a statement, which was ended") from None
+        except psycopg.Error as error:
+            if _refuses_content(error):  # not chained: what it says may hold that
+                raise ValueError(f"PostgreSQL refuses a result ({error.sqlstate or type(error).__name__})") from None
+            if not isinstance(error, psycopg.OperationalError):
+                raise StoreUnavailable(
+                    f"PostgreSQL refuses a statement ({error.sqlstate or type(error).__name__}): {HINT}; nothing was lost"
+                ) from None
             said = str(error)
             if error.sqlstate is None and (found := _REFUSALS.search(said)):
                 raise StoreRefused(f"PostgreSQL refuses the connection ({_plain(found[0])}): {HINT}") from None
             raise StoreUnavailable(
                 f"PostgreSQL does not answer ({type(error).__name__.lstrip('_')}): {HINT}; nothing was lost"
-            ) from None
-        except psycopg.Error as error:
-            raise StoreUnavailable(
-                f"PostgreSQL refuses a statement ({error.sqlstate or type(error).__name__}): {HINT}; nothing was lost"
             ) from None
 
     # -- the table
@@ -293,6 +326,13 @@ class PostgreSQLResults:
                 if isinstance(error.orig, errors.InsufficientPrivilege | errors.InvalidSchemaName) or tries == 5:
                     raise (error.orig or error) from None
                 time.sleep(0.1 * tries)
+
+
+def _refuses_content(error: psycopg.Error) -> bool:
+    """Whether a statement fails for what it holds, and would whenever it is sent."""
+    if error.sqlstate is None:  # psycopg itself can't send it
+        return isinstance(error, psycopg.DataError)
+    return error.sqlstate.startswith(_CONTENT) and error.sqlstate not in _NO_NUMBER
 
 
 def _made(connection: _Connection) -> tuple[bool, bool, bool]:

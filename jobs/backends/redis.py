@@ -67,6 +67,21 @@ class RedisResults:
             with self._errors():
                 self.client.unlink(*(keys.result(job_id) for job_id in job_ids))
 
+    def delete_failures(self, job_ids: Sequence[str]) -> None:
+        """Two round trips, and again where a result is written between them; the results are read for it."""
+        names = [keys.result(job_id) for job_id in job_ids]
+
+        def unlink(pipe: Any) -> None:
+            found = zip(names, pipe.mget(names), strict=True)
+            gone = [name for name, payload in found if payload is not None and _failed(payload)]
+            pipe.multi()
+            if gone:
+                pipe.unlink(*gone)
+
+        if names:
+            with self._errors():
+                self.client.transaction(unlink, *names)
+
     def keep(self, job_ids: Sequence[str]) -> None:
         """One round trip."""
         self._each(job_ids, lambda pipe, name: pipe.persist(name))
@@ -101,3 +116,11 @@ class RedisResults:
         """Ends its connections, unless they are the store's."""
         if not self.with_state:
             self.client.close()
+
+
+def _failed(payload: bytes) -> bool:
+    """Whether it is no answer; what somebody spoilt is none."""
+    try:
+        return decode_result(payload).status != "SUCCESS"
+    except ValueError:
+        return True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from structlog.testing import capture_logs
 
 from jobs import keys, leases
 from jobs.backends import RedisResults, ResultBackend, open_backend
@@ -41,10 +44,20 @@ from jobs.settings import load_settings
 from jobs.states import JobState
 from jobs.store import NewBatch, Store
 from tests.components import PostgreSQL, Valkey
-from tests.integration.engine_stand import FakeUpstream, answered, flights, go_soon, in_loop, refused, standing, until
+from tests.integration.engine_stand import (
+    ANSWER,
+    FakeUpstream,
+    answered,
+    flights,
+    go_soon,
+    in_loop,
+    refused,
+    standing,
+    until,
+)
 from tests.integration.store_model import ending, requests, run
 from tests.waiting import wait_for
-from worker.outside import Outside
+from worker.outside import Outside, _same
 from worker.reaper import Reaper
 
 USAGE = Usage(3, 2, 0, 0, 5)
@@ -203,8 +216,103 @@ def test_what_is_written_twice_counts_once_and_the_last_write_stands(backend: Re
     assert one(backend, "a-0").mimoq == decode_result(last).mimoq
     backend.delete(["a-0", "nobody-0"])
     backend.delete([])
+    backend.delete_failures([])
     backend.write([])
     assert [found is not None for found in backend.read(["a-0", "b-0"])] == [False, True]
+
+
+@every
+def test_failures_go_and_answers_stay(backend: ResultBackend) -> None:
+    packed = success_payload("a-1", b"{}", About("c", CHAT, USAGE, []), compress=backend.compressed)
+    made = [("a-0", success("a-0")), ("a-1", packed), ("a-2", failure("a-2")), ("a-3", revoked("a-3"))]
+    backend.write(made)
+    ids = [job_id for job_id, _ in made]
+    backend.delete_failures([*ids, "nobody-0"])
+    assert [found and found.status for found in backend.read(ids)] == ["SUCCESS", "SUCCESS", None, None]
+
+
+@on("postgresql", "file")
+def test_no_failure_takes_the_place_of_an_answer(backend: ResultBackend) -> None:
+    """As that of a stale worker's next one, where both were being written at once."""
+    answer = success("a-0")
+    backend.write([("a-0", answer)])
+    for other in (failure("a-0"), revoked("a-0")):
+        backend.write([("a-0", other)])
+        assert (one(backend, "a-0").status, one(backend, "a-0").mimoq) == ("SUCCESS", decode_result(answer).mimoq)
+
+
+@on("postgresql", "file")
+def test_what_somebody_spoilt_is_no_outage(
+    place: Place, backend: ResultBackend, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    backend.write([("a-0", success("a-0"))])
+    if place.name == "file":
+        (tmp_path / "celery-task-meta-a-0").write_text("nonsense")
+    else:
+        with request.getfixturevalue("postgresql").connect() as connection:
+            connection.execute("UPDATE celery_taskmeta SET mimoq = 'nonsense'")
+    with pytest.raises(ValueError, match="result"):
+        backend.read(["a-0"])
+
+
+@on("file")
+def test_numbers_beyond_a_float_come_back(backend: ResultBackend) -> None:
+    body = b'{"Infinity":"-Infinity \\" Infinity","n":[1e999,-1e999,%s]}' % (b"9" * 60)
+    backend.write([("a-0", success("a-0", body))])
+    assert bytes(one(backend, "a-0").result) == body
+
+
+@on("file")
+def test_a_place_that_is_gone_is_an_outage(place: Place, backend: ResultBackend, tmp_path: Path) -> None:
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    with pytest.raises(StoreUnavailable):
+        backend.write([("a-0", success("a-0"))])
+    moved.rename(tmp_path)
+    backend.write([("a-0", success("a-0"))])
+
+
+class Locked(Exception):
+    """As SQLAlchemy wraps what SQLite says of a file that others write to, or that finds no room."""
+
+    orig = sqlite3.OperationalError("database is locked")
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "raises"),
+    [
+        (lambda size, tries: size > 1_000, RuntimeError("an answer may stand here"), ValueError),
+        (lambda size, tries: size > 1_000, OSError(errno.ENOSPC, "an answer may stand here"), StoreUnavailable),
+        (lambda size, tries: size > 1_000, Locked(), StoreUnavailable),
+        (lambda size, tries: True, RuntimeError("an answer may stand here"), StoreUnavailable),
+        (lambda size, tries: tries == 1, RuntimeError(), None),
+    ],
+)
+@on("file")
+def test_a_value_is_at_fault_if_others_are_taken_meanwhile(
+    backend: Any,
+    fails: Callable[[int, int], bool],
+    error: Exception,
+    raises: type[Exception] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, tries = backend._backend.store_result, 0
+
+    def picky(task_id: str, result: Any, status: str) -> None:
+        nonlocal tries
+        tries += 1
+        if fails(len(repr(result)), tries):
+            raise error
+        store(task_id, result, status)
+
+    monkeypatch.setattr(backend._backend, "store_result", picky)
+    results = [("a-0", success("a-0", b'{"x":"%s"}' % (b"x" * 2_000)))]
+    if raises is None:
+        backend.write(results)
+        assert one(backend, "a-0").status == "SUCCESS"
+        return
+    with pytest.raises(raises, match=type(error).__name__) as raised:
+        backend.write(results)
+    assert "may stand" not in str(raised.value)
 
 
 @every
@@ -326,6 +434,27 @@ def test_the_reaper_cleans_up_once_an_hour(place: Place, backend: ResultBackend,
     run(work, store_url)
 
 
+@on("postgresql")
+def test_a_cleanup_that_takes_too_long_ends_at_the_server_too(
+    place: Place, postgresql: PostgreSQL, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.backends.postgresql.CLEANUP_GROUPS", "SELECT pg_sleep(60), %s")
+    backend = place.open(silent_s=0.5)
+    backend.check()
+
+    async def work(client: Any) -> None:
+        outside = Outside(client, backend, ttl_s=500)
+        with pytest.raises(StoreUnavailable, match="too long"):
+            await outside.cleanup()
+        assert 200 < await client.ttl(keys.CLEANED) <= 300, "not at once again"
+        outside.close()
+
+    run(work, store_url)
+    with postgresql.connect() as connection:
+        row = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(60)%'")
+        assert row.fetchone() == (0,)
+
+
 # -- a worker's way with them
 
 
@@ -429,6 +558,101 @@ def test_a_dead_workers_answer_is_not_bought_again(place: Place, backend: Result
             assert one(backend, dead[0].job_id).mimoq == decode_result(success(dead[0].job_id)).mimoq
 
     main()
+
+
+#: Of more digits than Python reads; nobody looked at it when the answer came.
+TOO_LONG = ANSWER[:-1] + b',"x":%s}' % (b"9" * 5_000)
+
+
+@on("postgresql", "file")
+def test_a_result_that_is_refused_ends_its_job_and_stops_nobody(
+    place: Place, backend: ResultBackend, store_url: str, request: pytest.FixtureRequest
+) -> None:
+    allowed = None
+    if place.name == "postgresql":
+        database: PostgreSQL = request.getfixturevalue("postgresql")
+        with database.connect() as connection:
+            connection.execute(
+                """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF NEW.task_id LIKE '%-0' AND NEW.status = 'SUCCESS' THEN RAISE SQLSTATE '22000'; END IF;
+                RETURN NEW; END $$"""
+            )
+            connection.execute(
+                "CREATE TRIGGER refuse BEFORE INSERT ON celery_taskmeta FOR EACH ROW EXECUTE FUNCTION refuse()"
+            )
+        allowed = "DROP TRIGGER refuse ON celery_taskmeta"
+
+    @in_loop
+    async def main() -> None:
+        upstream = FakeUpstream(*([answered(TOO_LONG)] if allowed is None else []))
+        async with standing(store_url, upstream, backend=backend) as stand:
+            batch = stand.submit(7)
+            with capture_logs() as logs:
+                stand.engine.look("bulk")
+                status = await stand.ended(batch)
+            assert (status.succeeded, status.failed, status.attempts, len(upstream.asked)) == (6, 1, 7, 7)
+            assert status.usage == sum([USAGE] * 7, NO_USAGE)
+            assert stand.engine.flusher._held_bytes == 0
+            abouts = [stand.about(batch, index) for index in range(7)]
+            (refused,) = (about for about in abouts if about.error is not None)
+            assert (refused.error.code, refused.usage, len(refused.attempts)) == ("result_refused", USAGE, 1)
+            assert [line["event"] for line in logs if line["log_level"] != "info"] == ["result_refused"]
+            assert "9999" not in repr(logs)
+            assert "9999" not in refused.error.message
+            if allowed is not None:
+                with database.connect() as connection:
+                    connection.execute(allowed)
+            assert stand.store.requeue_failed(batch) == 1
+            stand.engine.look("bulk")
+            assert (await stand.ended(batch)).succeeded == 7
+
+    main()
+
+
+@on("file")
+def test_a_refused_answer_of_a_worker_that_has_lost_its_job_is_no_failure(
+    backend: ResultBackend, store_url: str
+) -> None:
+    async def work(client: Any) -> None:
+        with closing(connect(store_url)) as sync:
+            Store(sync, backend).submit(requests(2), NewBatch())
+        jobs = await leases.claim(client, "w", "bulk", [""], 2)
+        stale = [ending(job, "s") for job in jobs]
+        for end in stale:
+            object.__setattr__(end, "payload", success(end.job.job_id, TOO_LONG))
+        object.__setattr__(stale[0], "job", replace(jobs[0], token="another"))
+        outside = Outside(client, backend)
+        left = await outside.write(stale)
+        outside.close()
+        assert [(end.letter, end.code) for end in left] == [("f", "result_refused")] * 2
+        assert [found and found.status for found in backend.read([job.job_id for job in jobs])] == [None, "FAILURE"]
+        assert await leases.finish(client, jobs[0].batch_id, left, stored_elsewhere=True) == ["fenced", "ended"]
+
+    run(work, store_url)
+
+
+@outside_ones
+def test_a_second_retry_takes_no_answer_of_the_first(backend: ResultBackend, store_url: str) -> None:
+    """Both have seen the failures; the answer comes before the second takes them away."""
+    with closing(connect(store_url)) as client:
+        store = Store(client, backend)
+        batch = store.submit(requests(2), NewBatch())[0]
+        end_elsewhere(store_url, "f")
+        backend.write([(f"{batch}-0", success(f"{batch}-0")), (f"{batch}-1", failure(f"{batch}-1"))])
+        assert store.requeue_failed(batch) == 2
+        assert [found and found.status for found in store.results(batch, [0, 1])] == ["SUCCESS", None]
+
+
+def test_times_are_compared_as_times() -> None:
+    job = Job("b", 0, "t", requests(1)[0], b"", 0, None, 500)
+    end = ending(job, "s")
+    told = decode_result(end.payload)
+    assert told.date_done is not None
+    whole = told.date_done.partition(".")[0]
+    object.__setattr__(end, "payload", end.payload.replace(told.date_done.encode(), whole.encode()))
+    stored = StoredResult("SUCCESS", "b-0", told.result, told.mimoq, f"{whole}.000000")
+    assert _same(end, stored)
+    assert not _same(end, StoredResult("SUCCESS", "b-0", told.result, told.mimoq, f"{whole}.000001"))
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -564,6 +788,21 @@ def test_the_same_write_again_changes_nothing(backend: ResultBackend, place: Pla
 
 
 @on("postgresql")
+def test_only_what_a_row_holds_is_refused(place: Place, backend: ResultBackend, postgresql: PostgreSQL) -> None:
+    """Not one for which the table has no number left, which the server says in words of the same kind."""
+    long = "x" * 200
+    with pytest.raises(ValueError, match="22001"):
+        backend.write([("a-0", success("a-0")), (long, success(long))])
+    with postgresql.connect() as connection:
+        connection.execute("SELECT setval('task_id_sequence', 2147483647)")
+        with pytest.raises(StoreUnavailable, match="22003"):
+            backend.write([("a-0", success("a-0"))])
+        connection.execute("ALTER SEQUENCE task_id_sequence MAXVALUE 2147483648")
+        with pytest.raises(StoreUnavailable, match="2200H"):
+            backend.write([("a-0", success("a-0"))])
+
+
+@on("postgresql")
 def test_workers_that_start_at_once_make_one_table(place: Place, postgresql: PostgreSQL) -> None:
     opened = [place.open() for _ in range(4)]
     assert opened[0].read(["a-0"]) == [None], "a reader finds nothing, and makes nothing"
@@ -624,6 +863,21 @@ def test_what_waiting_does_not_help_is_said_in_one_line(place: Place, postgresql
 
 
 # -- addresses
+
+
+def test_a_database_that_is_away_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery.backends.database.session.PREPARE_MODELS_MAX_RETRIES", 0)
+    place = Place("sqlite", f"db+sqlite:///{tmp_path}/nowhere/results.db")
+    with closing(place.open()) as backend:
+        with pytest.raises(StoreUnavailable, match=r"OperationalError.*MIMOQ_RESULT_BACKEND"):
+            backend.check()
+        assert not caplog.records
+        (tmp_path / "nowhere").mkdir()
+        backend.check()
+        backend.write([("a-0", success("a-0"))])
+        assert one(backend, "a-0").status == "SUCCESS"
 
 
 @pytest.mark.parametrize(
