@@ -14,7 +14,7 @@ from api.core import Core
 from api.problems import Problem
 from api.shapes import LinkTo, NewBatchOptions, NewJob
 from jobs.identity import key_identity
-from jobs.links import Link, allows, written
+from jobs.links import Link, allowed, written
 from jobs.submission import NewBatch
 
 #: Characters of an idempotency key.
@@ -66,13 +66,15 @@ def _followup(core: Core, link: LinkTo | None) -> str:
     """A link as the store keeps it. Raises a `Problem` where it is none that the operator allows."""
     if link is None:
         return ""
-    if not allows(core.settings.api_link_tasks, link.task):
+    goes = allowed(core.settings.api_link_tasks, Link(link.task, link.queue, link.kwargs or {}))
+    if goes is None:
         raise Problem(
             403,
             "link_not_allowed",
-            "link: this task may not be named here; the operator allows some by MIMOQ_API_LINK_TASKS",
+            "link: this task may not be named here, or not with this queue; the operator allows some by "
+            "MIMOQ_API_LINK_TASKS",
         )
-    return written(Link(link.task, link.queue, link.kwargs or {}))
+    return written(goes)
 
 
 def identity_of(caller: Caller, key: str) -> str:

@@ -10,6 +10,9 @@ import msgspec
 
 from jobs.errors import UsageError
 
+#: How queues begin that are this project's own: what comes to them is no link.
+OWN = "mimoq."
+
 #: Bytes of the JSON of a link's keyword arguments: they lie in the record of a batch.
 KWARGS_BYTES = 4_096
 #: Names of tasks and queues: dotted, and nothing that a line of a log could trip over.
@@ -40,6 +43,8 @@ def make_link(given: Link | Mapping[str, Any]) -> Link:
     for name in (link.task, link.queue):
         if name is not None and not _name.match(name):
             raise UsageError("link: task and queue are names of up to 255 letters, digits and _.:/@-")
+    if link.queue is not None and link.queue.startswith(OWN):
+        raise UsageError(f"link: queues that begin with {OWN} are mimoq's own")
     if size > KWARGS_BYTES:
         raise UsageError(f"link: kwargs take {size:,} bytes as JSON, {KWARGS_BYTES:,} are allowed")
     return link
@@ -50,6 +55,19 @@ def written(given: Link | Mapping[str, Any] | None) -> str:
     return "" if given is None else _encode(make_link(given)).decode()
 
 
-def allows(names: Collection[str], task: str) -> bool:
-    """Whether a list of names, and of `prefix.*`, has this task."""
-    return any(task == name or (name.endswith(".*") and task.startswith(name[:-1])) for name in names)
+def allowed(entries: Collection[str], link: Link) -> Link | None:
+    """A link as a list of `task` and `task@queue` lets it go, None where it does not; a task may also be `prefix.*`.
+
+    It goes to the queue of its entry. One that names another does not go, nor one that names none where there are several.
+    """
+    listed = (entry.partition("@") for entry in entries)
+    queues = {queue or None for name, _, queue in listed if _matches(name, link.task)}
+    if link.queue in queues:
+        return link
+    if link.queue is None and len(queues) == 1:
+        return msgspec.structs.replace(link, queue=queues.pop())
+    return None
+
+
+def _matches(name: str, task: str) -> bool:
+    return task == name or (name.endswith(".*") and task.startswith(name[:-1]))

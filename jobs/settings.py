@@ -165,8 +165,9 @@ class Settings(BaseSettings):
     )
     api_link_tasks: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
-        description="Tasks that a `link` may name over the API, as in `reports.done,billing.*`: they reach your own Celery "
-        "apps. `none`: no link is taken.",
+        description="Tasks that a `link` may name over the API, as in `reports.done,billing.*@billing`: they reach your own "
+        "Celery apps. Each goes to the queue behind its `@`, and without one to MIMOQ_DEFAULT_QUEUE; a link that names "
+        "another is refused. `none`: no link is taken.",
     )
     task_events: bool = Field(
         False,

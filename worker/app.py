@@ -20,7 +20,7 @@ from jobs.broker import make_app
 from jobs.errors import MimoqError
 from jobs.keys import COMPLETE, SERVED
 from jobs.metrics import FOLLOWUPS
-from worker import complete, tasks
+from worker import complete, revoking, tasks
 from worker.drain import drain
 from worker.dropped import hide_bodies
 from worker.followups import FollowUps
@@ -40,11 +40,12 @@ tasks.register(app, engine, QUEUES)
 
 @cache
 def _entry() -> complete.Entry:
-    return complete.Entry(host().store, host().settings, lambda: drain().begun)
+    return complete.Entry(host().store, host().settings, partial(engine.ring, COMPLETE), lambda: drain().begun)
 
 
 # In every process: a message that has come to another queue of ours is an error that need not cost anything.
-complete.register(app, engine, _entry)
+complete.register(app, _entry)
+revoking.register(lambda task_id: _entry().cancel(task_id))
 
 
 class _Events:

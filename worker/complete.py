@@ -5,8 +5,9 @@ over for the broker: its message is acknowledged once the store has the job, and
 has ended a follow-up ends the task (`worker.endings`).
 
 What goes wrong: the message comes twice, and finds its job. The store is away or full, and the task waits, its message
-unacknowledged. The worker is told to stop, and gives back what it has not written down. The request is no good, and the task
-fails as any other does.
+unacknowledged. The worker is told to stop, and gives back what it has not written down. The request is no good, or what is
+to come after it, and the task fails as any other does; so does one whose message can't be read (`worker.dropped`). The task
+is revoked, and its job is cancelled, written down or about to be.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import structlog
 from celery import Celery
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.utils.time import maybe_iso8601
+from celery.worker import state
 from celery.worker.request import Request as CeleryRequest
-from kombu.utils.json import dumps
 
 from jobs import followups, identity
-from jobs.errors import InvalidRequest, NoRoom, StoreUnavailable
+from jobs.errors import InvalidRequest, MimoqError, NoRoom, NotFound, StoreUnavailable
 from jobs.keys import COMPLETE
 from jobs.patience import no_patience
 from jobs.requests import CHAT, ENDPOINTS, Request, make_request, plain
@@ -36,7 +38,7 @@ from jobs.singles import Enlisted, Single, enlist
 from jobs.states import job_id
 from jobs.store import Store
 from jobs.submission import NewBatch
-from worker.tasks import Ringable
+from worker.signatures import mend, signature_of
 
 NAME = "mimoq.complete"
 #: Seconds between two attempts on a store that is away or full.
@@ -44,32 +46,6 @@ RETRY_S = 0.5
 
 #: What the task takes, in this order.
 ARGUMENTS = ("request", "endpoint", "custom_id", "max_attempts", "deadline_s")
-#: What a message says that is not kept: what was asked for is the job's, the rest is this delivery's.
-_NOT_KEPT = frozenset(
-    (
-        "args",
-        "kwargs",
-        "argsrepr",
-        "kwargsrepr",
-        "hostname",
-        "properties",
-        "delivery_info",
-        "eta",
-        "expires",
-        "timelimit",
-        "time_limit",
-        "soft_time_limit",
-        "lang",
-        "task",
-        "is_eager",
-        "called_directly",
-        "loglevel",
-        "logfile",
-        "utc",
-        "_children",
-    )
-)
-
 log = structlog.get_logger("worker")
 
 
@@ -129,8 +105,12 @@ class ShownRequest(CeleryRequest):  # type: ignore[misc]  # Celery ships no type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        given = self._kwargs if isinstance(self._kwargs, Mapping) else {}
-        self._argsrepr, self._kwargsrepr = "()", shown(self.id, self._args or (), given)
+        given, named, embed = self._payload
+        if not (isinstance(given, list | tuple) and isinstance(named, dict) and isinstance(embed, dict | None)):
+            # A call of the task would take what it can of these, and may pay for it.
+            raise InvalidTaskError("its arguments are none")
+        self.time_limits = (None, None)  # none that a thread could keep, and they may be anything
+        self._argsrepr, self._kwargsrepr = "()", shown(self.id, given, named)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
 
     def info(self, safe: bool = False) -> dict[str, Any]:
@@ -139,23 +119,40 @@ class ShownRequest(CeleryRequest):  # type: ignore[misc]  # Celery ships no type
         return told
 
 
-class Entry:
-    """How tasks get into the store; for several threads.
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A job that is to be written down, and what came of it."""
 
-    `stopping` says whether this process has been told to stop.
+    single: Single
+    created: bool | None = None
+
+
+class Entry:
+    """How tasks get into the store; for several threads, whose jobs are written down together when they come together.
+
+    `ring` has the engine claim, `stopping` says whether this process has been told to stop.
     """
 
-    def __init__(self, store: Store, settings: Settings, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, ring: Callable[[], object], stopping: Callable[[], bool]
+    ) -> None:
         self._store = store
         self._settings = settings
+        self._ring = ring
         self._stopping = stopping
         self._room = Room(store.client, store.backend)
         self._lock = threading.Lock()
+        self._waiting: list[_Waiting] = []
+        self._said = False
 
     def single(self, context: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Single:
         """The job of a task. Raises `InvalidRequest`."""
         settings = self._settings
+        if wrong := mend(context):
+            raise InvalidRequest(f"the message's {', '.join(wrong)} can't be read")
         wanted = asked(args, kwargs, None if settings.endpoint_path else settings.model)
+        if len(wanted.request.body) > settings.max_line_bytes:
+            raise InvalidRequest(f"request: is longer than {settings.max_line_bytes:,} bytes")
         deadlines = [left for left in (wanted.deadline_s, _expires_s(context.expires)) if left is not None]
         new = NewBatch(
             batch_id=batch_of_task(context.id),
@@ -170,26 +167,54 @@ class Entry:
         return Single(new, wanted.request)
 
     def enlist(self, single: Single) -> bool:
-        """Writes it down, waiting for the store as long as it takes; returns False where it was there before.
+        """Writes it down and has the engine claim, waiting for store and engine as long as it takes.
 
-        Raises `Reject` once this process is to stop: the message goes back.
+        Returns False where it was there before. Raises `Reject` once this process is to stop: the message goes back.
         """
-        said = False
-        while not self._stopping():
-            with self._lock:
-                (came,) = enlist(self._store.client, [single], no_patience(), self._room)
-            if isinstance(came, Enlisted):
-                return came.created
-            if not isinstance(came, StoreUnavailable | NoRoom):
-                return False  # a job of this very id, made by something else
-            if not said:
-                log.warning("store_takes_no_jobs", error=type(came).__name__)
-                said = True
+        mine = _Waiting(single)
+        self._waiting.append(mine)
+        try:
+            with self._lock:  # whoever has it sees to all that wait for it
+                while mine.created is None:
+                    if self._stopping():
+                        raise Reject("the worker has been told to stop", requeue=True)
+                    self._write_down(self._waiting.copy())
+        finally:
+            self._waiting.remove(mine)
+        return mine.created
+
+    def _write_down(self, waiting: Sequence[_Waiting]) -> None:
+        asked = [item for item in waiting if item.created is None]
+        away: Exception | None = None
+        for item, came in zip(
+            asked,
+            enlist(self._store.client, [item.single for item in asked], no_patience(), self._room),
+            strict=True,
+        ):
+            if isinstance(came, StoreUnavailable | NoRoom):
+                away = came
+            else:  # an error is that of a job of this very id, made by something else
+                item.created = isinstance(came, Enlisted) and came.created
+        if away is None or any(item.created is not None for item in asked):
+            self._said = False
+            self._ring()
+        else:
+            if not self._said:
+                log.warning("store_takes_no_jobs", error=type(away).__name__)
+                self._said = True
             time.sleep(RETRY_S)
-        raise Reject("the worker has been told to stop", requeue=True)
+
+    def cancel(self, task_id: str) -> None:
+        """Cancels the job of a task, if there is one: its follow-up ends the task. What is in the way of it is logged."""
+        try:
+            self._store.cancel(batch_of_task(task_id))
+        except NotFound:
+            pass  # not a task of ours, or not yet
+        except MimoqError as error:
+            log.warning("task_not_cancelled", task=task_id, error=type(error).__name__)
 
 
-def register(app: Celery, engine: Ringable, entry: Callable[[], Entry]) -> Any:
+def register(app: Celery, entry: Callable[[], Entry]) -> Any:
     """Adds the task to the app; `entry` is asked for with the first message."""
 
     def complete(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -201,7 +226,8 @@ def register(app: Celery, engine: Ringable, entry: Callable[[], Entry]) -> Any:
             raise RuntimeError("invalid_request", 400, str(error)) from None
         if not desk.enlist(single):
             log.info("task_came_again", task=self.request.id)
-        engine.ring(COMPLETE)
+        if self.request.id in state.revoked:  # while it waited here
+            desk.cancel(self.request.id)
         raise Ignore("its job is written down")
 
     return app.task(
@@ -212,11 +238,6 @@ def register(app: Celery, engine: Ringable, entry: Callable[[], Entry]) -> Any:
         throws=(RuntimeError,),  # they are meant for whoever called: nothing for this worker's log
         Request=ShownRequest,
     )(complete)
-
-
-def signature_of(context: Any) -> str:
-    """What Celery needs to know of a task at its end, as JSON: who waits for it, and what comes after it."""
-    return str(dumps({name: value for name, value in vars(context).items() if name not in _NOT_KEPT}))
 
 
 def _expires_s(expires: Any) -> float | None:

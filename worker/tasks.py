@@ -31,7 +31,7 @@ class RingRequest(Request):  # type: ignore[misc]  # Celery ships no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        batch_id = self._args[0] if self._args else ""
+        batch_id = next(iter(self._args or ()), "")
         queue = self._delivery_info["routing_key"] or ""
         self._argsrepr, self._kwargsrepr = f"batch {batch_id}, {queue.rpartition('.')[2]}", "{}"
 
@@ -40,8 +40,8 @@ def register(app: Celery, engine: Ringable, queues: dict[str, str]) -> Any:
     """Adds the task to the app; `queues` names the lane of each queue."""
 
     @app.task(name=RING, bind=True, ignore_result=True, acks_late=True, Request=RingRequest)
-    def ring(self: Any, batch_id: str) -> str:
-        # The batch only names the message for people: what is next is decided in the store.
+    def ring(self: Any, *_: Any, **__: Any) -> str:
+        # Its batch only names the message for people: what is next is decided in the store.
         queue = (self.request.delivery_info or {}).get("routing_key", "")
         lane = queues.get(queue, "bulk")
         claimed: list[Place] = []

@@ -20,7 +20,7 @@ from jobs.broker import make_app
 from jobs.connections import celery_url, connect
 from jobs.errors import UsageError
 from jobs.leases import End, Job
-from jobs.links import Link, allows, make_link, written
+from jobs.links import Link, allowed, make_link, written
 from jobs.results import NO_USAGE, About, Failure, Usage, failure_payload, success_payload
 from jobs.settings import load_settings
 from jobs.states import JobState
@@ -30,9 +30,9 @@ from tests.integration.api_stand import ask, core_standing, line, lines
 from tests.integration.pipeline_stand import forget
 from tests.integration.store_model import requests, run
 from tests.waiting import wait_for
-from worker.complete import signature_of
 from worker.endings import Endings, Unended
 from worker.followups import MOST_TRIES, FollowUps
+from worker.signatures import signature_of
 
 # redis-py's, of what Celery's backend calls.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
@@ -176,6 +176,7 @@ def test_a_job_that_ends_anew_is_followed_anew(store: Store, store_url: str) -> 
         {"task": "t", "args": [1]},
         {"task": "t", "kwargs": {"a": "x" * 5_000}},
         {"task": "t", "kwargs": {"a": object()}},
+        {"task": "t", "queue": "mimoq.complete"},
     ],
 )
 def test_a_link_is_a_name_and_little_more(given: dict[str, Any]) -> None:
@@ -185,8 +186,25 @@ def test_a_link_is_a_name_and_little_more(given: dict[str, Any]) -> None:
 
 def test_names_of_tasks_are_allowed_one_by_one_or_by_prefix() -> None:
     names = {"reports.done", "billing.*"}
-    assert [allows(names, task) for task in ("reports.done", "billing.a.b")] == [True, True]
-    assert [allows(names, task) for task in ("reports.done.not", "billing", "billings.a", "*")] == [False] * 4
+    assert all(allowed(names, Link(task)) == Link(task) for task in ("reports.done", "billing.a.b"))
+    assert not any(allowed(names, Link(task)) for task in ("reports.done.not", "billing", "billings.a", "*"))
+
+
+def test_a_link_over_the_api_goes_to_the_queue_of_its_entry_and_no_other() -> None:
+    names = {"a", "b@q", "c@q", "c@r", "d", "d.*@q"}
+    assert allowed(names, Link("b")) == allowed(names, Link("b", "q")) == Link("b", "q")
+    assert allowed(names, Link("c", "r")) == Link("c", "r")
+    assert allowed(names, Link("d.e")) == Link("d.e", "q")
+    refused = [
+        Link("a", "celery"),
+        Link("a", "q"),
+        Link("b", "r"),
+        Link("c"),
+        Link("d", "q"),
+        Link("b@q"),
+        Link("b@q", "q"),
+    ]
+    assert not any(allowed(names, link) for link in refused)
 
 
 def test_a_link_gets_the_ids_of_all_jobs_of_its_batch(
@@ -333,7 +351,7 @@ def test_examples_import_nothing_of_this_project() -> None:
 
 def test_the_api_takes_links_to_tasks_that_the_operator_allows(store_url: str) -> None:
     async def main() -> None:
-        async with core_standing(store_url, api_link_tasks="reports.done,billing.*") as (core, http):
+        async with core_standing(store_url, api_link_tasks="reports.done,billing.*@q") as (core, http):
             allowed = {"task": "billing.a", "queue": "q", "kwargs": {"a": 1}}
             job = await http.post("/v1/jobs", json={"request": ask(), "link": allowed})
             batch = await http.post("/v1/job-batches", json={"requests": [line()], "link": {"task": "reports.done"}})
@@ -350,6 +368,9 @@ def test_the_api_takes_links_to_tasks_that_the_operator_allows(store_url: str) -
             refused = await http.post("/v1/jobs", json=other)
             assert (refused.status_code, refused.json()["code"]) == (403, "link_not_allowed")
             assert "MIMOQ_API_LINK_TASKS" in refused.json()["detail"]
+            for link in ({"task": "reports.done", "queue": "q"}, {"task": "billing.a", "queue": "mimoq.complete"}):
+                refused = await http.post("/v1/jobs", json={"request": ask(), "link": link})
+                assert (refused.status_code, refused.json()["code"]) == (403, "link_not_allowed")
             for bad in ({"task": "no name"}, {"task": "billing.a", "args": []}, {"task": "billing.a", "kwargs": []}):
                 answer = await http.post("/v1/jobs", json={"request": ask(), "link": bad})
                 assert answer.status_code == 422

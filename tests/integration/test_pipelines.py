@@ -28,6 +28,7 @@ from tests.waiting import wait_for
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "celery_pipeline"
 WAIT_S = 60.0
+LONGEST = 20_000
 
 
 def ask(text: str = "", **fields: Any) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def stand(tmp_path_factory: pytest.TempPathFactory, simulator: RunningSimulator)
     try:
         with pipelines(tmp_path_factory.mktemp("pipelines"), valkey.url, simulator) as stand:
             stand.caller()
-            stand.log = stand.worker(task_events="true").log  # type: ignore[attr-defined]  # for one test
+            worker = stand.worker(task_events="true", max_line_bytes=str(LONGEST))
+            stand.log = worker.log  # type: ignore[attr-defined]  # for one test
             yield stand
     finally:
         valkey.stop()
@@ -123,6 +125,7 @@ def test_a_chord_fails_with_one_of_its_calls(stand: Pipelines, simulator: Runnin
         ((ask(),), {"request": ask()}, "an argument twice: request"),
         ((ask(),), {"deadline_s": 0}, "deadline_s: must be over 0"),
         ((ask(),), {"max_attempts": True}, "max_attempts: must be at least 1"),
+        ((ask("x" * LONGEST),), {}, "request: is longer than 20,000 bytes"),
     ],
 )
 def test_an_invalid_request_fails_its_task_and_names_no_text_of_it(
@@ -159,6 +162,90 @@ def test_what_no_task_takes_is_dropped_and_its_text_stays_out_of_the_log(stand: 
     assert PROMPT not in log
 
 
+def sent(stand: Pipelines, body: Any, headers: dict[str, Any], **options: Any) -> None:
+    """A message as no Celery app would send it."""
+    with stand.app.connection_for_write() as connection, connection.Producer() as producer:
+        options = {"serializer": "json", **options}
+        producer.publish(body, routing_key="mimoq.complete", headers={"task": "mimoq.complete", **headers}, **options)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "options"),
+    [
+        (
+            b"\x80",
+            {},
+            {"content_type": "application/x-python-serialize", "content_encoding": "binary", "serializer": None},
+        ),
+        (b"{", {}, {"content_type": "application/json", "content_encoding": "utf-8", "serializer": None}),
+        ([[ask()], {}, {}], {"expires": "soon"}, {}),
+        ([[ask()], {}, {}], {"eta": [1]}, {}),
+        ([[], [["request", PROMPT]], {}], {}, {}),
+        ([[ask()], None, {}], {}, {}),
+        ([{"request": ask()}, {}, {}], {}, {}),
+        ([PROMPT, {}, {}], {}, {}),
+        ([[ask()], {}, 5], {}, {}),
+        ([[ask()]], {}, {}),
+    ],
+    ids=["pickle", "cut", "expires", "eta", "kwargs", "none", "args", "text", "embed", "short"],
+)
+def test_a_message_that_can_not_be_read_fails_its_task(
+    stand: Pipelines,
+    simulator: RunningSimulator,
+    body: Any,
+    headers: dict[str, Any],
+    options: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    task = request.node.callspec.id
+    sent(stand, body, {"id": task, **headers}, **options)
+    with pytest.raises(RuntimeError) as caught:
+        stand.result(task).get(timeout=WAIT_S)
+    assert caught.value.args == ("invalid_request", 400, "the message can't be read")
+    assert simulator.totals()["calls"] == 0
+    assert PROMPT not in stand.log.read_text()  # type: ignore[attr-defined]  # the fixture's
+
+
+def test_errbacks_and_chords_hear_of_a_message_that_can_not_be_read(stand: Pipelines) -> None:
+    part = stand.complete(ask()).set(task_id="unread part", headers={"expires": "soon"})
+    part.link_error(stand.mine("note").set(task_id="heard of it"))
+    done = chord([stand.mine("ask", "p"), part])(stand.mine("gather"))
+    with pytest.raises(ChordError, match="can't be read"):
+        stand.result(done.id).get(timeout=WAIT_S)
+    assert stand.result("heard of it").get(timeout=WAIT_S)[0] == "unread part"
+
+
+@pytest.mark.parametrize(
+    ("embed", "headers", "said"),
+    [
+        ({"chain": "abc"}, {}, "chain"),
+        ({"chain": [{"task": "t"}]}, {}, "chain"),
+        ({"chord": {"x": 1}}, {"group": "g"}, "chord"),
+        ({"callbacks": 5}, {}, "callbacks"),
+        ({"errbacks": [{"subtask_type": "none", "task": "t", "options": {}}]}, {}, "errbacks"),
+        ({}, {"group": 5}, "group"),
+        ({}, {"timelimit": 5, "group_index": "first"}, "group_index"),
+    ],
+)
+def test_a_task_whose_signature_can_not_be_meant_is_not_paid_for(
+    stand: Pipelines, simulator: RunningSimulator, embed: dict[str, Any], headers: dict[str, Any], said: str
+) -> None:
+    task = f"signed {embed} {headers}"
+    sent(stand, [[ask()], {}, embed], {"id": task, **headers})
+    with pytest.raises(RuntimeError) as caught:
+        stand.result(task).get(timeout=WAIT_S)
+    assert caught.value.args == ("invalid_request", 400, f"the message's {said} can't be read")
+    assert simulator.totals()["calls"] == 0
+
+
+def test_a_ring_with_anything_in_it_is_a_ring(stand: Pipelines) -> None:
+    sent(stand, [["b"], {PROMPT: 1, "batch_id": 2}, {}], {"id": "ring", "task": "mimoq.ring"})
+    assert stand.complete(ask()).apply_async().get(timeout=WAIT_S)
+    log = stand.log.read_text()  # type: ignore[attr-defined]  # the fixture's
+    assert PROMPT not in log
+    assert "TypeError" not in log
+
+
 def test_a_message_that_comes_twice_is_paid_for_once(stand: Pipelines, simulator: RunningSimulator) -> None:
     simulator.configure(hold=True)
     for _ in range(2):
@@ -181,6 +268,25 @@ def test_a_task_whose_job_is_cancelled_or_expires_is_revoked(stand: Pipelines, s
         with pytest.raises(TaskRevokedError, match=why):
             result.get(timeout=WAIT_S)
         assert result.state == "REVOKED"
+
+
+def test_to_revoke_a_task_that_is_written_down_is_to_cancel_its_job(
+    stand: Pipelines, simulator: RunningSimulator
+) -> None:
+    simulator.configure(hold=True)
+    heard = stand.mine("note").set(task_id="heard of revoking")
+    parts = [stand.complete(ask(n)).set(task_id=f"chorus {n}") for n in "01"]
+    done = chord([parts[0].set(link_error=heard), parts[1]])(stand.mine("gather"))
+    simulator.wait_until(lambda totals: totals.in_flight == 2)
+    stand.app.control.revoke(["chorus 0", "nobody's"], terminate=True)
+    assert stand.result("heard of revoking").get(timeout=WAIT_S)[0] == "chorus 0"
+    simulator.configure(hold=False)
+    assert stand.result("chorus 1").get(timeout=WAIT_S)
+    with pytest.raises(ChordError, match="cancelled"):
+        stand.result(done.id).get(timeout=WAIT_S)
+    stand.over()
+    assert stand.result("chorus 0").state == "REVOKED"
+    assert stand.store.status(stand.batch("chorus 0")).cancelled == 1
 
 
 def test_an_ignored_result_is_not_stored_and_its_chain_goes_on(stand: Pipelines) -> None:
