@@ -199,7 +199,7 @@ def test_what_a_cancelled_job_cost_is_with_its_result(store: Store, store_url: s
     usage = Usage(3, 0, 0, 0, 5)
 
     async def give(client: Any, job: Job, delay_s: float, said: bytes) -> None:
-        await leases.give_back(client, batch_id, [Back(job, delay_s, said, int(bool(said)), usage)])
+        await leases.give_back(client, batch_id, [Back(job, delay_s, said, *((1, usage) if said else ()))])
 
     run(lambda client: give(client, back, 500.0, attempts), store_url)
     run(lambda client: give(client, never, 0.0, b""), store_url)
