@@ -72,15 +72,19 @@ class Call(NamedTuple):
 async def call_all(client: Any, calls: Sequence[Call]) -> list[Any]:
     """The replies of these scripts, called in this order in one round trip of an async client; not one transaction.
 
-    Where the server does not know one, all are called again, one by one: they must be idempotent.
+    Those that the server does not know, as after its restart, are called again, and no other: where results live elsewhere
+    the end of a job would count twice.
     """
     from redis.exceptions import NoScriptError
 
     pipe = client.pipeline(transaction=False)
     for script, names, args in calls:
         pipe.evalsha(script.sha, len(names), *names, *args)
-    try:
-        replies: list[Any] = await pipe.execute()
-    except NoScriptError:
-        return [await script(client, names, args) for script, names, args in calls]
+    replies: list[Any] = await pipe.execute(raise_on_error=False)
+    for place, reply in enumerate(replies):
+        if isinstance(reply, NoScriptError):
+            script, names, args = calls[place]
+            replies[place] = await script(client, names, args)
+        elif isinstance(reply, Exception):
+            raise reply
     return replies

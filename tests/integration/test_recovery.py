@@ -12,6 +12,7 @@ from jobs import keys, leases
 from jobs.connections import connect
 from jobs.leases import Back, Job
 from jobs.results import Usage
+from jobs.scripts import call_all
 from jobs.settings import load_settings
 from jobs.states import BatchState
 from jobs.store import Store
@@ -216,6 +217,25 @@ def test_what_a_cancelled_job_cost_is_with_its_result(store: Store, store_url: s
         (usage, ["empty_answer"]),
         None,
     ]
+
+
+def test_an_end_counts_once_where_the_store_has_forgotten_some_scripts(store: Store, store_url: str) -> None:
+    """It was restarted, and another worker has told it some again: only what it does not know is sent twice."""
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+    first, second, third = claim(store_url, 3)
+
+    async def end(client: Any) -> list[Any]:
+        await client.script_flush()
+        await leases.finish(client, batch_id, [ending(first, "s")], stored_elsewhere=True)
+        calls = [
+            leases.give_back_call(batch_id, [Back(third)]),
+            leases.finish_call(batch_id, [ending(second, "s")], stored_elsewhere=True),
+        ]
+        return await call_all(client, calls)
+
+    assert run(end, store_url) == [1, [b"ended"]]
+    status = store.status(batch_id)
+    assert (status.succeeded, status.late_answers, status.attempts, status.usage) == (2, 0, 2, USAGE + USAGE)
 
 
 # -- jobs that kill whoever calls them
