@@ -31,10 +31,10 @@ LIMIT = 210
 MAX_ATTEMPTS = 5
 #: Seconds in which the next share of the batch must be done.
 PATIENCE_S = 120.0
+#: No 429: at random they are no limit, and what would be learned of them makes the batch take minutes.
 FAULTS = {
     "500": 0.01,
     "503": 0.01,
-    "429": 0.002,
     "400_backend": 0.005,
     "reset": 0.01,
     "not_json": 0.005,
