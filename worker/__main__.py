@@ -26,6 +26,8 @@ from worker.supervisor import Supervisor
 THREADS = 4
 #: Of a pipelines' process, where each message is one job.
 COMPLETE_THREADS = 8
+#: New objects after which garbage is looked for, and how often older ones are looked at too.
+GARBAGE = (20_000, 20, 100)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +90,9 @@ def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool, place: int) ->
         # Beside Celery: for a million jobs it takes a while. What is lost of it the reaper makes up for.
         threading.Thread(target=_ring, args=rings, name="mimoq-bell", daemon=True).start()
     gc.freeze()  # what has been imported stays; collections of garbage need not look at it again
+    # A call makes hundreds of objects, which die by themselves. To look for cycles after every 700 of them, as Python does,
+    # takes a seventh of a worker's CPU; what gathers between rarer looks is a few megabytes.
+    gc.set_threshold(*GARBAGE)
     worker.start()
     logging.shutdown()
     # All is written. The interpreter's own end would take another 0.2 s, for which a command waits.
