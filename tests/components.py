@@ -22,6 +22,7 @@ import pytest
 
 from jobs.guard import GuardError, server_program
 from jobs.runtime import ask
+from tests.ports import free_ports
 from tests.tls import Door, authority
 from tests.waiting import wait_for
 
@@ -132,7 +133,7 @@ class RabbitMQ:
         self._argv = [str(program)]
         self._folder = Path(tempfile.mkdtemp(prefix="mimoq-test-", dir="/tmp"))
         self._log = self._folder / "said"
-        self.port, tls_port, distribution, epmd = _free_ports(4)
+        self.port, tls_port, distribution, epmd = free_ports(4)
         ca, certificate = authority()
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         self.tls_url = f"amqps://guest:guest@localhost:{tls_port}//?ssl_ca_certs={quote(ca)}"
@@ -331,14 +332,3 @@ def _has_user(name: str) -> bool:
         pwd.getpwnam(name)
         return True
     return False
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on at present."""
-    with contextlib.ExitStack() as stack:
-        found = []
-        for _ in range(count):
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            found.append(listener.getsockname()[1])
-        return found

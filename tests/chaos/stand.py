@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from tests.chaos.producers import Producers
 from tests.chaos.spans import Span
 from tests.chaos.valkey import Valkey
 from tests.chaos.workers import Workers
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 #: Seconds that workers get to start, on a busy machine.
@@ -62,7 +61,7 @@ class Stand:
         self.folder = Path(tempfile.mkdtemp(prefix="mimoq-chaos-", dir=root)).resolve()
         stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self._ledger = self.folder / "ledger.jsonl"
-        here = {"port": _port(), "ledger": str(self._ledger), "keep_calls": 0}
+        here = {"port": free_port(), "ledger": str(self._ledger), "keep_calls": 0}
         self.sim = stack.enter_context(running_simulator(**here, **self._simulator))
         self.valkey = Valkey(self.folder / "data")
         stack.callback(self.valkey.close)
@@ -95,12 +94,3 @@ class Stand:
         """Every call that has ended, in the order of their arrival."""
         lines = self._ledger.read_bytes().split(b"\n")[:-1]
         return sorted((msgspec.json.decode(line, type=Call) for line in lines), key=lambda call: call.number)
-
-
-def _port() -> int:
-    """A free port, and none that the system hands out by itself: while the simulator refuses, it must not be another's."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("found no free port")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pytest
 
 from jobs.connections import connect
 from jobs.guard import server_program
+from tests.ports import free_port
 from tests.unit.test_compose import ROOT, SERVICES
 from tests.waiting import wait_for
 
@@ -65,9 +65,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Docker]
     if reason := missing():
         pytest.skip(reason)
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("SIMULATOR_PORT", str(listener.getsockname()[1]))
+    monkeypatch.setenv("SIMULATOR_PORT", str(free_port()))
     monkeypatch.setenv("API_PORT", "0")
     name = f"mimoq-test-{secrets.token_hex(4)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ops.simulator import running_simulator
 from tests.components import Valkey
 from tests.integration.api_stand import Api
 from tests.integration.worker_stand import MODULE, working
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 
@@ -27,17 +27,10 @@ def container(folder: Path, *pids: int) -> Path:
     return proc
 
 
-def free_port() -> str:
-    """A port of loopback that nobody listens on at present."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 def test_of_a_worker_it_is_whether_its_engine_hears_the_store(
     tmp_path: Path, store_url: str, valkey: Valkey, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    environ = {"MIMOQ_METRICS_PORT": free_port()}
+    environ = {"MIMOQ_METRICS_PORT": str(free_port())}
     port = environ["MIMOQ_METRICS_PORT"]
     with (
         running_simulator() as simulator,

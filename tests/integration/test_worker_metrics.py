@@ -40,17 +40,12 @@ from tests.integration.scraping import Samples, of, read, scrape
 from tests.integration.store_model import ending
 from tests.integration.test_reaper import FakeBell
 from tests.integration.worker_stand import KEY, MODULE, PROMPT, working
+from tests.ports import free_port
 from tests.waiting import wait_for
 from worker.metrics import cells
 from worker.reaper import Reaper
 
 _fast = pytest.fixture(autouse=True)(go_soon)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def shown(stand: Any) -> Samples:
