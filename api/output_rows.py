@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from jobs import keys
 from jobs.connections import redis_errors
+from jobs.lines import answer_line
 from jobs.results import StoredResult, message_line, nameless, output_line
 from jobs.states import LETTERS, JobState, job_id
 from jobs.store import READ_JOBS, BatchStatus, Store
@@ -64,10 +65,18 @@ def _ends(client: Any, batch_id: str) -> tuple[bytes, bytes]:
 
 def openai_block(store: Store, status: BatchStatus, indexes: Sequence[int]) -> bytes:
     """The lines of these jobs in an OpenAI batch output or error file."""
-    return b"".join(
-        output_line(job_id(status.batch_id, index), custom_id, stored, state)
-        for index, custom_id, stored, state in _ended(store, status, indexes)
-    )
+    batch_id = status.batch_id
+    packed = store.packed(batch_id, indexes)
+    lines = {index: answer_line(job_id(batch_id, index), one) for index, one in zip(indexes, packed, strict=True)}
+    answered = [index for index, line in lines.items() if line is not None]
+    # After the results: one whose job was queued again meanwhile has no state any more.
+    for index, state in zip(answered, store.states_of(batch_id, answered), strict=True):
+        if state is None:
+            lines[index] = b""
+    rest = [index for index, line in lines.items() if line is None]
+    for index, custom_id, stored, state in _ended(store, status, rest):
+        lines[index] = output_line(job_id(batch_id, index), custom_id, stored, state)
+    return b"".join(line for line in lines.values() if line is not None)
 
 
 def message_block(store: Store, status: BatchStatus, indexes: Sequence[int]) -> bytes:

@@ -16,6 +16,8 @@ import msgspec
 from jobs.requests import CHAT, MESSAGES, Request
 
 LARGE_BYTES = 64 * 1024
+#: Of zlib. 6 takes a third longer for 3% fewer bytes; 3 a tenth less time for 4% more.
+LEVEL = 4
 _ENDPOINTS = (CHAT, MESSAGES)
 
 
@@ -46,16 +48,16 @@ def encode_blocks(requests: Iterable[Request], size: int) -> Iterator[tuple[dict
     for request in requests:
         entry = _entry(request)
         if len(request.body) > LARGE_BYTES:
-            fields[f"r{number * size + len(entries)}"] = zlib.compress(_encode(entry), 6)
+            fields[f"r{number * size + len(entries)}"] = zlib.compress(_encode(entry), LEVEL)
             entries.append(0)
         else:
             entries.append(entry)
         if len(entries) == size:
-            fields[str(number)] = zlib.compress(_encode(entries), 6)
+            fields[str(number)] = zlib.compress(_encode(entries), LEVEL)
             yield fields, size
             entries, fields, number = [], {}, number + 1
     if entries:
-        fields[str(number)] = zlib.compress(_encode(entries), 6)
+        fields[str(number)] = zlib.compress(_encode(entries), LEVEL)
         yield fields, len(entries)
 
 

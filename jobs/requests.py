@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from jobs import usual
 from jobs.errors import InvalidRequest
+from jobs.refusals import HALF_PAIR, message, place, unsupported
+from jobs.refusals import shown as shown
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from jobs.chat import Shape
 
-CHAT: Final = "/v1/chat/completions"
-MESSAGES: Final = "/v1/messages"
+CHAT: Final = usual.CHAT
+MESSAGES: Final = usual.MESSAGES
 ENDPOINTS: Final[tuple[str, ...]] = (CHAT, MESSAGES)
 
 MAX_DEPTH: Final = 100
@@ -34,14 +35,23 @@ PROMPT_MAX_TOKENS: Final = 32_768
 
 _SHOWN_PROBLEMS = 10
 _TOO_DEEP = f"is nested too deeply, {MAX_DEPTH} levels are allowed"
-_HALF_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff), which no UTF-8 can hold"
 # Control characters, line separators and surrogates: an id is one word or phrase on one line.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_BATCH_LINE: Final = frozenset({"custom_id", "method", "url", "body"})
 
 T = TypeVar("T")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _value = msgspec.json.Decoder()
+
+
+class _Naming(msgspec.Struct):
+    """What tells of a good body whether it names a model."""
+
+    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_naming = msgspec.json.Decoder(_Naming)
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -94,14 +104,13 @@ def check(endpoint: str, body: Mapping[str, Any]) -> list[Problem]:
     try:
         _schema(endpoint).model_validate(body if type(body) is dict else dict(body))
     except ValidationError as error:
-        return [Problem(_place(item["loc"]), _message(item)) for item in error.errors(include_url=False)]
+        return [Problem(place(item["loc"]), message(item)) for item in error.errors(include_url=False)]
     return []
 
 
 def unknown_fields(endpoint: str, body: Mapping[str, Any]) -> list[str]:
     """The body's top-level fields that the endpoint's schema does not name."""
-    named = _schema(endpoint).model_fields
-    return [name for name in body if name not in named]
+    return [] if body.keys() <= (named := _named(endpoint)) else [name for name in body if name not in named]
 
 
 def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Parsed:
@@ -109,6 +118,47 @@ def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Par
 
     Raises `InvalidLine`, and nothing else whatever the bytes.
     """
+    parts = usual.take_apart(line)
+    custom_id, at, sent = parts if parts is not None else (None, None, line.strip())
+    judged = usual.judge(at or endpoint, sent)
+    if judged is not None and not _custom_id(custom_id):
+        names = judged.model is not msgspec.UNSET
+        return Parsed(Request(at or endpoint, sent if names else _with_model(sent, model), custom_id), [], [])
+    taken = _take_apart(line, endpoint)
+    try:
+        names, unknown = _judged(taken.endpoint, taken.sent)
+    except InvalidLine as error:
+        raise InvalidLine([*taken.problems, *error.problems], taken.custom_id) from None
+    if taken.problems:
+        raise InvalidLine(taken.problems)
+    sent = taken.sent if names else _with_model(taken.sent, model)
+    return Parsed(Request(taken.endpoint, sent, taken.custom_id), unknown, taken.ignored)
+
+
+def parse_again(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Request:
+    """The request of a line that `parse` took, without judging it again; of other lines any, or `InvalidLine`."""
+    parts = usual.take_apart(line)
+    if parts is not None:
+        custom_id, at, sent = parts
+    else:
+        taken = _take_apart(line, endpoint)
+        custom_id, at, sent = taken.custom_id, taken.endpoint, taken.sent
+    if model is not None and _decode(_naming, sent).model is msgspec.UNSET:
+        sent = _with_model(sent, model)
+    return Request(at or endpoint, sent, custom_id)
+
+
+class _Taken(NamedTuple):
+    """A line taken apart, its body not judged yet; `problems` are those of its custom id."""
+
+    custom_id: str | None
+    problems: list[Problem]
+    endpoint: str
+    sent: bytes
+    ignored: list[str]
+
+
+def _take_apart(line: bytes, endpoint: str) -> _Taken:
     fields = _decode(_fields, line)
     given_id = fields.pop("custom_id", None)
     custom_id = None if given_id is None else _decode(_value, given_id)
@@ -124,12 +174,9 @@ def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Par
             sent = msgspec.json.encode(_with_messages(fields, endpoint))
         else:
             sent = line.strip() if given_id is None else msgspec.json.encode(fields)
-        body = _judged(endpoint, sent)
     except InvalidLine as error:
         raise InvalidLine([*problems, *error.problems], custom_id) from None
-    if problems:
-        raise InvalidLine(problems)
-    return Parsed(Request(endpoint, _with_model(sent, body, model), custom_id), unknown_fields(endpoint, body), ignored)
+    return _Taken(custom_id, problems, endpoint, sent, ignored)
 
 
 def parse_body(body: bytes, endpoint: str, *, model: str | None = None, custom_id: str | None = None) -> Request:
@@ -138,7 +185,8 @@ def parse_body(body: bytes, endpoint: str, *, model: str | None = None, custom_i
     Raises `InvalidLine`, and nothing else whatever the bytes.
     """
     sent = body.strip()
-    return Request(endpoint, _with_model(sent, _judged(endpoint, sent), model), custom_id)
+    has_model, _ = _judged(endpoint, sent)
+    return Request(endpoint, sent if has_model else _with_model(sent, model), custom_id)
 
 
 def members(line: bytes) -> dict[str, msgspec.Raw]:
@@ -157,10 +205,9 @@ def check_custom_id(custom_id: str) -> None:
         raise InvalidLine(problems)
 
 
-def _with_model(sent: bytes, body: dict[str, Any], model: str | None) -> bytes:
-    if model is None or "model" in body:
-        return sent
-    return b'{"model":' + msgspec.json.encode(model) + b"," + sent[1:]
+def _with_model(sent: bytes, model: str | None) -> bytes:
+    """A body that names no model, with this one."""
+    return sent if model is None else b'{"model":' + msgspec.json.encode(model) + b"," + sent[1:]
 
 
 def make_request(
@@ -175,18 +222,51 @@ def make_request(
     `endpoint` (chat completions unless given) and `model` are for a request that names none; `custom_id` goes before
     the request's own. Raises `InvalidRequest` with one line of all that is wrong.
     """
+    endpoint = CHAT if endpoint is None else endpoint
     fields = {"prompt": request} if isinstance(request, str) else dict(request)
     if custom_id is not None:
         fields["custom_id"] = custom_id
+    if (made := _usual(fields, endpoint, model)) is not None:
+        return made
     try:
         line = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise InvalidLine([Problem("", _HALF_PAIR)]) from None
+        raise InvalidLine([Problem("", HALF_PAIR)]) from None
     except RecursionError:
         raise InvalidLine([Problem("", _TOO_DEEP)]) from None
     except (TypeError, ValueError):
         raise InvalidLine([Problem("", "holds a value that JSON has not")]) from None
-    return parse(line, endpoint=CHAT if endpoint is None else endpoint, model=model).request
+    return parse(line, endpoint=endpoint, model=model).request
+
+
+def _usual(fields: dict[str, Any], endpoint: str, model: str | None) -> Request | None:
+    """The request of these fields if it is a usual one, just as by way of its JSON; None if that is to be gone."""
+    custom_id, url, body = fields.get("custom_id"), fields.get("url", endpoint), fields
+    if custom_id is not None and (type(custom_id) is not str or _custom_id(custom_id)):
+        return None
+    if "body" in fields:
+        if type(url) is not str or fields.get("method", "POST") != "POST" or not fields.keys() <= _BATCH_LINE:
+            return None
+        endpoint, body = url, fields["body"]
+    elif "prompt" in fields:
+        if "messages" in fields:
+            return None
+        body = {"messages": [{"role": "user", "content": fields["prompt"]}], **fields}
+        del body["prompt"]
+        if endpoint == MESSAGES and "max_tokens" not in fields:
+            body["max_tokens"] = PROMPT_MAX_TOKENS
+    if body is not fields.get("body") and "custom_id" in body:
+        body = {name: value for name, value in body.items() if name != "custom_id"}
+    found = usual.encode(endpoint, body)
+    if found is None:
+        return None
+    sent, judged = found
+    return Request(endpoint, sent if judged.model is not msgspec.UNSET else _with_model(sent, model), custom_id)
+
+
+@cache
+def _named(endpoint: str) -> frozenset[str]:
+    return frozenset(_schema(endpoint).model_fields)
 
 
 @cache
@@ -200,7 +280,7 @@ def _schema(endpoint: str) -> type[Shape]:
         from jobs.messages import MessagesBody
 
         return MessagesBody
-    raise InvalidRequest(f"endpoint: {_unsupported(endpoint, *ENDPOINTS)}")
+    raise InvalidRequest(f"endpoint: {unsupported(endpoint, *ENDPOINTS)}")
 
 
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes | msgspec.Raw) -> T:
@@ -233,7 +313,7 @@ def _why(data: bytes, error: Exception) -> str:
     if constants:
         return "holds NaN or Infinity, which JSON has not"
     if not place and "\\ud" in text.lower():
-        return _HALF_PAIR
+        return HALF_PAIR
     return f"is not JSON{place}"
 
 
@@ -255,9 +335,9 @@ def _unwrap(fields: dict[str, msgspec.Raw], endpoint: str) -> tuple[str, bytes]:
     """Take the endpoint and the body out of a batch line."""
     problems = []
     if "method" in fields and (method := _decode(_value, fields.pop("method"))) != "POST":
-        problems.append(Problem("method", _unsupported(method, "POST")))
+        problems.append(Problem("method", unsupported(method, "POST")))
     if "url" in fields and (endpoint := _decode(_value, fields.pop("url"))) not in ENDPOINTS:
-        problems.append(Problem("url", _unsupported(endpoint, *ENDPOINTS)))
+        problems.append(Problem("url", unsupported(endpoint, *ENDPOINTS)))
     if "body" not in fields:
         problems.append(Problem("body", "is missing"))
     if problems:
@@ -279,7 +359,10 @@ def _with_messages(fields: dict[str, msgspec.Raw], endpoint: str) -> dict[str, m
     return body
 
 
-def _judged(endpoint: str, text: bytes) -> dict[str, Any]:
+def _judged(endpoint: str, text: bytes) -> tuple[bool, list[str]]:
+    """Whether a good body names a model, and its fields that are not known."""
+    if (found := usual.judge(endpoint, text)) is not None:
+        return found.model is not msgspec.UNSET, []
     body = _decode(_value, text)
     if not isinstance(body, dict):
         raise InvalidLine([Problem("body", "must be an object")])
@@ -288,7 +371,7 @@ def _judged(endpoint: str, text: bytes) -> dict[str, Any]:
         raise InvalidLine([Problem("", _TOO_DEEP)])
     if problems := check(endpoint, body):
         raise InvalidLine(problems)
-    return body
+    return "model" in body, unknown_fields(endpoint, body)
 
 
 def _too_deep(body: dict[str, Any]) -> bool:
@@ -301,68 +384,3 @@ def _too_deep(body: dict[str, Any]) -> bool:
             if isinstance(child, (dict, list))
         ]
     return bool(level)
-
-
-def _place(loc: tuple[int | str, ...]) -> str:
-    """`messages[3].role` of a validation error; the tags of unions are no part of the way."""
-    place = ""
-    for step in loc:
-        if isinstance(step, int):
-            place += f"[{step}]"
-        elif not step.startswith("<"):
-            place += f".{step}" if place else step
-    return place
-
-
-_TYPES: Final = {
-    "missing": "is missing",
-    "string_type": "must be a string",
-    "string_unicode": _HALF_PAIR,
-    "int_type": "must be an integer",
-    "float_type": "must be a number",
-    "bool_type": "must be true or false",
-    "list_type": "must be a list",
-    "dict_type": "must be an object",
-    "model_type": "must be an object",
-    "finite_number": "must be a finite number",
-    # Rules that are written out in the models.
-    "text_or_list": "must be a string or a list",
-    "content_needed": "needs content, tool_calls or reasoning_content",
-    "schema_needed": "needs an input_schema",
-}
-_BOUNDS: Final = {
-    "greater_than": ("gt", "not over"),
-    "greater_than_equal": ("ge", "under"),
-    "less_than": ("lt", "not under"),
-    "less_than_equal": ("le", "over"),
-}
-
-
-def _message(error: ErrorDetails) -> str:
-    """What is wrong, without any text of the request."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind in _BOUNDS:
-        bound, relation = _BOUNDS[kind]
-        # An integer of a thousand digits would fill the line.
-        number = value if isinstance(value, float) or abs(value) < 10**20 else "the number"
-        return f"{number} is {relation} {context[bound]:g}"
-    if kind == "literal_error":
-        names = context["expected"].replace("'", "").replace(" or ", ", ")
-        return f"must be one of {names}" if ", " in names else f"must be {names}"
-    if kind in ("too_long", "string_too_long"):
-        things = "characters" if kind == "string_too_long" else "sequences" if "stop" in error["loc"] else "items"
-        return f"has {len(value)} {things}, at most {context['max_length']} are allowed"
-    if kind in ("too_short", "string_too_short"):
-        return "is empty"
-    return _TYPES.get(kind, "is not valid")
-
-
-def _unsupported(value: object, *supported: str) -> str:
-    if not isinstance(value, str):
-        return "must be a string"
-    return f"{shown(value) or 'an empty string'} is not supported; use {' or '.join(supported)}"
-
-
-def shown(name: str) -> str:
-    """The first 60 characters of a name that a user gave, safe for a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in name[:60])

@@ -8,20 +8,29 @@ expired: it raises `TaskRevokedError`.
 
 from __future__ import annotations
 
+import time
 import zlib
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
 
+from jobs.about import NO_BODY as NO_BODY
+from jobs.about import NO_BODY_JSON as NO_BODY_JSON
+from jobs.about import NO_USAGE as NO_USAGE
+from jobs.about import About as About
+from jobs.about import Attempt as Attempt
+from jobs.about import Failure as Failure
+from jobs.about import Usage as Usage
+from jobs.about import decode_about as decode_about
+from jobs.about import encode_about
 from jobs.states import JobState
 
-#: What Celery puts before a compressed result (`celery.backends.base.COMPRESSED_PAYLOAD_MAGIC`) and the type's name.
+#: What Celery puts before a compressed result (`celery.backends.base.COMPRESSED_PAYLOAD_MAGIC`), with the shortest name that
+#: kombu has for this compression, and with its full one, as Celery itself and an earlier mimoq write it.
 MAGIC = b"\x00celery-compressed\x00"
+ZLIB = MAGIC + b"zlib\x00"
 GZIP = MAGIC + b"application/x-gzip\x00"
-#: Stands for a body that is not there: msgspec can't read a `Raw | None`, and writes an empty `Raw` as no JSON at all.
-NO_BODY_JSON = b"null"
-NO_BODY = msgspec.Raw(NO_BODY_JSON)
 #: Said of a job that has ended and whose result is not there.
 NOT_KEPT = "The result is no longer kept: see MIMOQ_RESULT_TTL_S."
 #: In OpenAI's words, of a job that ended without an answer.
@@ -44,80 +53,6 @@ _ANTHROPIC_STATUSES = {
 _ANTHROPIC_TYPES = frozenset(_ANTHROPIC_STATUSES.values())
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens that one call, or all calls of a job, were billed for, whichever protocol reported them.
-
-    `cached_tokens` are part of `prompt_tokens`, `reasoning_tokens` of `completion_tokens`.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cached_tokens: int = 0
-    total_tokens: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.reasoning_tokens + other.reasoning_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.total_tokens + other.total_tokens,
-        )
-
-    def __sub__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens - other.prompt_tokens,
-            self.completion_tokens - other.completion_tokens,
-            self.reasoning_tokens - other.reasoning_tokens,
-            self.cached_tokens - other.cached_tokens,
-            self.total_tokens - other.total_tokens,
-        )
-
-
-#: Of no call.
-NO_USAGE = Usage()
-
-
-class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One call of the upstream: when (unix seconds), by which account, what came back and what was made of it."""
-
-    at: float
-    latency_s: float
-    verdict: str
-    account: str = ""
-    status: int | None = None
-    request_id: str | None = None
-    wait_s: float = 0.0
-    usage: Usage | None = None
-    maybe_billed: bool = False
-    counted: bool = True
-    times: int = 1
-    """How many calls alike this record stands for: the first one's figures, but the usage of all."""
-
-
-class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a job failed: our code, and the upstream's status and body where there was one, else `null`."""
-
-    code: str
-    message: str
-    status: int | None = None
-    body: msgspec.Raw = NO_BODY
-
-
-class About(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is stored beside the answer."""
-
-    custom_id: str | None
-    endpoint: str
-    usage: Usage
-    attempts: list[Attempt]
-    status: int | None = None
-    request_id: str | None = None
-    error: Failure | None = None
-    model: str = ""
-
-
 class StoredResult(msgspec.Struct, frozen=True):
     """A result as read back; `body` is the upstream's answer as it came (JSON `null` where there is none)."""
 
@@ -138,6 +73,16 @@ class StoredResult(msgspec.Struct, frozen=True):
         return f"StoredResult({self.task_id!r}, {self.status})"
 
 
+class _Value(msgspec.Struct):
+    """A stored value as it lies there."""
+
+    status: str
+    task_id: str
+    result: msgspec.Raw
+    mimoq: msgspec.Raw = NO_BODY
+    date_done: str | None = None
+
+
 class _Refusal(msgspec.Struct):
     error: dict[str, Any]
 
@@ -154,7 +99,7 @@ _ABOUT = b'","mimoq":'
 
 _encode = msgspec.json.Encoder().encode
 _decode_any = msgspec.json.Decoder().decode
-_decode = msgspec.json.Decoder(StoredResult).decode
+_decode = msgspec.json.Decoder(_Value).decode
 _decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
@@ -176,7 +121,7 @@ def failure_payload(job_id: str, about: About, compress: bool) -> bytes:
 
 
 def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: bool) -> bytes:
-    done = datetime.now(UTC).replace(tzinfo=None).isoformat().encode()
+    ended, beside = encode_about(about, time.time())
     value = b"".join(
         (
             _BEGIN,
@@ -185,21 +130,29 @@ def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: boo
             result,
             _REST,
             b'"',
-            done,
+            ended.encode(),
             b'"',
             _TASK_ID,
             job_id.encode(),
             _ABOUT,
-            _encode(about),
+            beside,
             b"}",
         )
     )
-    return GZIP + zlib.compress(value, 6) if compress else value
+    return compressed(value) if compress else value
+
+
+def compressed(value: bytes) -> bytes:
+    """A value as Celery compresses it, for readers from Celery 5.7 on."""
+    return ZLIB + zlib.compress(value, 6)
 
 
 def unpack(payload: bytes) -> bytes:
     """What was packed, without its compression. Raises `zlib.error` where that is spoilt."""
-    return zlib.decompress(payload[len(GZIP) :]) if payload.startswith(GZIP) else payload
+    for head in (ZLIB, GZIP):
+        if payload.startswith(head):
+            return zlib.decompress(payload[len(head) :])
+    return payload
 
 
 class Parts(NamedTuple):
@@ -232,8 +185,10 @@ def split(payload: bytes) -> Parts:
 def decode_result(payload: bytes) -> StoredResult:
     """Reads a stored value back. Raises `ValueError` when it is not one of ours."""
     try:
-        return _decode(unpack(payload))
-    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        value = _decode(unpack(payload))
+        about = decode_about(value.mimoq, value.date_done) if bytes(value.mimoq) != NO_BODY_JSON else None
+        return StoredResult(value.status, value.task_id, value.result, about, value.date_done)
+    except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
 
 
@@ -242,7 +197,13 @@ def one_line(raw: bytes | msgspec.Raw) -> bytes:
 
     Line breaks are only space outside strings, and not allowed raw inside them; the others stand in strings alone.
     """
-    data = bytes(raw).replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\xc2\x85", b"\\u0085")
+    data = bytes(raw)
+    # Two looks are cheaper than two copies, and most text is ASCII: exports are made of such lines.
+    if b"\n" in data or b"\r" in data:
+        data = data.replace(b"\n", b" ").replace(b"\r", b" ")
+    if data.isascii():
+        return data
+    data = data.replace(b"\xc2\x85", b"\\u0085")
     return data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
 
 

@@ -161,6 +161,12 @@ class Store:
         return self.backend.read([job_id(batch_id, index) for index in indexes])
 
     @patient
+    def packed(self, batch_id: str, indexes: Sequence[int]) -> list[bytes | None]:
+        """Results of these jobs as they lie there; None where there is none, and where the backend keeps them otherwise."""
+        found = self.backend.packed([job_id(batch_id, index) for index in indexes])
+        return found if found is not None else [None] * len(indexes)
+
+    @patient
     def requests(self, batch_id: str, indexes: Iterable[int], slice_size: int) -> dict[int, Request]:
         """The requests of these jobs, by index; those that are no longer kept are missing."""
         wanted = dict.fromkeys(indexes)

@@ -185,11 +185,10 @@ def submit(
     defaults = Defaults(_endpoint(endpoint), None if settings.endpoint_path else settings.model)
     new = new_batch(settings, lane, max_attempts, deadline_s, idempotency_key)
     with opened_input(source, settings.data_dir) as (file, _):
-        judge(file, defaults, settings, skip_invalid=False)
+        report = judge(file, defaults, settings, skip_invalid=False)
         file.seek(0)
-        good = (
-            found for _, found in requests(file, defaults, settings.max_line_bytes) if not isinstance(found, Exception)
-        )
+        found = requests(file, defaults, settings.max_line_bytes, report)
+        good = (request for _, request in found if not isinstance(request, Exception))
         with connected(settings) as connection:
             batch_id, jobs, created = connection.store.submit(good, new)
             print(batch_id, flush=True)  # before the rings, for which a broker may let us wait
@@ -234,8 +233,8 @@ def results(
         except OSError as error:
             raise UsageError(f"{output}: {error.strerror}") from None
         try:
-            for ended in follower.follow() if follow else follower.all_ready():
-                sink.write(ended.line())
+            for lines in follower.followed(follower.lines) if follow else follower.lines():
+                sink.write(lines)
                 if follow:
                     sink.flush()
             sink.flush()

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.connections import redis_errors
 from jobs.errors import StoreUnavailable
+from jobs.lines import answer_line
 from jobs.results import StoredResult, nameless, output_line
 from jobs.states import BatchState, JobState, job_id
 from jobs.store import READ_JOBS, Store
 
 #: Seconds a follower waits for a message before it looks by itself.
 LOOK_S = 1.0
+#: Results that are read in one round trip where all that are there are wanted.
+MANY_JOBS = 500
+
+T = TypeVar("T")
+#: Index of a job, and how it ended.
+End = tuple[int, JobState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +59,35 @@ class Follower:
 
     def ready(self, limit: int = READ_JOBS) -> list[Ended] | None:
         """The next ends that have come, perhaps none of them new; None when there is nothing more at present."""
+        came = self._came(limit)
+        if came is None:
+            return None
+        ended, position = came
+        rows = self._rows(ended)
+        # Only now, so that a store that went away in between is asked for the same again.
+        self._take(ended, position)
+        return rows
+
+    def _came(self, limit: int) -> tuple[list[End], int] | None:
+        """The next ends, and the position behind them."""
         indexes = self._store.done(self.batch_id, self._position, limit)
         if not indexes:
             return None
         # A job that ended, was queued again and ended again stands there twice, perhaps in one block.
-        fresh = [index for index in dict.fromkeys(indexes) if not self._marked(index)]
+        seen, size = self._seen, len(self._seen)
+        fresh = [
+            index for index in dict.fromkeys(indexes) if index >> 3 >= size or not seen[index >> 3] >> (index & 7) & 1
+        ]
         states = self._store.states_of(self.batch_id, fresh)
         # One without a state is queued again; its next end comes later.
         ended = [(index, state) for index, state in zip(fresh, states, strict=True) if state is not None]
+        return ended, self._position + len(indexes)
+
+    def _take(self, ended: list[End], position: int) -> None:
+        self._position = position
+        mark(self._seen, *[index for index, _ in ended])
+
+    def _rows(self, ended: list[End]) -> list[Ended]:
         found = self._store.results(self.batch_id, [index for index, _ in ended])
         unnamed = [index for (index, _), stored in zip(ended, found, strict=True) if nameless(stored)]
         requests = self._store.requests(self.batch_id, unnamed, self.slice_size) if unnamed else {}
@@ -70,29 +98,39 @@ class Follower:
             else:
                 custom_id = stored.mimoq.custom_id if stored is not None and stored.mimoq is not None else None
             rows.append(Ended(self.batch_id, index, state, custom_id, stored))
-        # Only now, so that a store that went away in between is asked for the same again.
-        self._position += len(indexes)
-        for index, _ in ended:
-            mark(self._seen, index)
         return rows
 
     def all_ready(self) -> Iterator[Ended]:
         """Every end that has come by now."""
-        while (rows := self.ready()) is not None:
+        while (rows := self.ready(MANY_JOBS)) is not None:
             yield from rows
 
-    def follow(self) -> Iterator[Ended]:
-        """Every end, until the batch is finished."""
+    def lines(self) -> Iterator[bytes]:
+        """The output lines of every end that has come by now, many at a time."""
+        while (came := self._came(MANY_JOBS)) is not None:
+            ended, position = came
+            packed = self._store.packed(self.batch_id, [index for index, _ in ended])
+            lines = [
+                answer_line(job_id(self.batch_id, index), result)
+                for (index, _), result in zip(ended, packed, strict=True)
+            ]
+            others = iter(self._rows([end for end, line in zip(ended, lines, strict=True) if line is None]))
+            self._take(ended, position)
+            yield b"".join([next(others).line() if line is None else line for line in lines])
+
+    def followed(self, what: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """What this gives of the ends that have come by now, again and again until the batch is finished."""
         with Listener(self._store, self.batch_id) as listener:
             while True:
                 finished = self._store.status(self.batch_id).state is BatchState.FINISHED
-                yield from self.all_ready()
+                yield from what()
                 if finished:
                     return
                 listener.wait(LOOK_S)
 
-    def _marked(self, index: int) -> bool:
-        return index >> 3 < len(self._seen) and bool(self._seen[index >> 3] >> (index & 7) & 1)
+    def follow(self) -> Iterator[Ended]:
+        """Every end, until the batch is finished."""
+        return self.followed(self.all_ready)
 
 
 class Listener:
@@ -130,9 +168,10 @@ class Listener:
         self.close()
 
 
-def mark(bits: bytearray, index: int) -> None:
-    """Sets one bit, growing the array as needed."""
-    place = index >> 3
-    if place >= len(bits):
-        bits.extend(bytes(place + 1 - len(bits)))
-    bits[place] |= 1 << (index & 7)
+def mark(bits: bytearray, *indexes: int) -> None:
+    """Sets bits, growing the array as needed."""
+    missing = (max(indexes, default=-1) >> 3) + 1 - len(bits)
+    if missing > 0:
+        bits.extend(bytes(missing))
+    for index in indexes:
+        bits[index >> 3] |= 1 << (index & 7)

@@ -1,8 +1,9 @@
 """Reading an input file of requests, one JSON line each, in two passes.
 
-`validate` judges the whole file and its digest before anything is submitted; `requests` reads it again to submit it.
-Both take the same lines for good. A line is held at a time, so memory grows with the file by its `custom_id`s only
-(about 150 bytes each; the ids that lines without one get cost a bit each).
+`validate` judges the whole file and its digest before anything is submitted; `requests` reads it again to submit it. The
+same bytes have the same judgement, so it judges again only where there are bad lines to tell from good ones. A line is held
+at a time: memory grows with the file by its `custom_id`s only (about 150 bytes each; the ids that lines without one get cost
+a bit each).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final, Protocol
 
 from jobs.errors import UsageError
-from jobs.requests import CHAT, InvalidLine, Parsed, Problem, Request, parse, shown
+from jobs.requests import CHAT, InvalidLine, Parsed, Problem, Request, parse, parse_again, shown
 
 __all__ = ["Defaults", "InvalidLine", "Report", "lines", "parse_line", "requests", "validate"]
 
 CHUNK_BYTES: Final = 1 << 18
 SHOWN_PROBLEMS: Final = 100
 SHOWN_WARNINGS: Final = 100
+CHANGED: Final = "the input changed while it was read, nothing was submitted"
 
 _BOM: Final = b"\xef\xbb\xbf"
 _GENERATED = re.compile(r"line-([1-9][0-9]{0,17})")
@@ -131,27 +133,47 @@ def validate(
 
 
 def requests(
-    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, skip_invalid: bool = False
+    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, report: Report
 ) -> Iterator[tuple[int, Request | InvalidLine]]:
-    """`(line number, request)` of every line, each with a `custom_id`: its own or `line-<number>`.
+    """`(line number, request)` of every line of what `report` is of, each with a `custom_id`: its own or `line-<number>`.
 
-    A bad line comes as its `InvalidLine` (with a `custom_id` too) where `skip_invalid` is set; else it raises
-    `UsageError`: the file has changed since it was validated.
+    A bad line comes as its `InvalidLine`, with a `custom_id` too. Raises `UsageError`, at the end at the latest, when the
+    content is not what was validated; what came until then is not to be trusted.
     """
-    for number, found in _judged(stream, defaults, max_line_bytes):
-        if isinstance(found, InvalidLine):
-            if not skip_invalid:
-                raise UsageError(f"line {number}: {found}")
+    digest = hashlib.blake2b(digest_size=16)
+    found: Request | InvalidLine
+    try:
+        for number, found in (_again if report.bad == 0 else _sorted)(stream, defaults, max_line_bytes, digest):
+            if isinstance(found, Request) and found.custom_id is None:
+                found = Request(found.endpoint, found.body, f"line-{number}")
             yield number, found
-        else:
-            request = found.request
-            if request.custom_id is None:
-                request = Request(request.endpoint, request.body, f"line-{number}")
-            yield number, request
+    except InvalidLine:
+        raise UsageError(CHANGED) from None
+    if digest.hexdigest() != report.digest:
+        raise UsageError(CHANGED)
+
+
+def _again(
+    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, digest: Digest
+) -> Iterator[tuple[int, Request | InvalidLine]]:
+    """What the lines hold, all of which were good."""
+    endpoint, model = defaults.endpoint, defaults.model
+    for number, line in lines(stream, max_line_bytes, digest):
+        if line is None:
+            raise UsageError(CHANGED)
+        yield number, parse_again(line, endpoint=endpoint, model=model)
+
+
+def _sorted(
+    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, digest: Digest
+) -> Iterator[tuple[int, Request | InvalidLine]]:
+    """What the lines hold, good and bad."""
+    for number, found in _judged(stream, defaults, max_line_bytes, digest):
+        yield number, found if isinstance(found, InvalidLine) else found.request
 
 
 def _judged(
-    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, digest: Digest | None = None
+    stream: BinaryIO, defaults: Defaults, max_line_bytes: int, digest: Digest
 ) -> Iterator[tuple[int, Parsed | InvalidLine]]:
     """What each line holds, or why it is refused; a repeated `custom_id` is among the reasons."""
     ids = _CustomIds()

@@ -14,7 +14,6 @@ from jobs.gates import Gate, gates_of, server_time
 from jobs.outbox import dead_count
 from jobs.workers import live_workers
 from producers.connection import Connection
-from producers.producer import batch_of
 
 SHOWN = 20
 
@@ -25,7 +24,7 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
     As JSON an object a batch, each with the shut gates of this user's account.
     """
     store, client, wait = connection.store, connection.client, connection.patience.call
-    statuses = [store.status(id) for id in ([batch_of(batch)] if batch is not None else store.kept_batches(SHOWN))]
+    statuses = [store.status(id) for id in ([_named(batch)] if batch is not None else store.kept_batches(SHOWN))]
     own = identity.account_of(connection.settings)
     if as_json:
         gates = wait(gates_of, client, own) if statuses else []
@@ -54,6 +53,12 @@ def show_status(connection: Connection, batch: str | None, as_json: bool) -> Non
         print(f"{dead:,} webhook{'' if dead == 1 else 's'} could not be delivered")
     for bound in sorted({bound for worker in workers for bound in worker.bounds}):
         print(f"held back by {bound}")
+
+
+def _named(batch: str) -> str:
+    from producers.producer import batch_of  # which also submits and follows
+
+    return batch_of(batch)
 
 
 def gate_line(gate: Gate, now: float) -> str:

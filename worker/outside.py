@@ -22,7 +22,7 @@ from jobs import keys
 from jobs.backends import ResultBackend
 from jobs.errors import StoreUnavailable
 from jobs.leases import End, Job
-from jobs.results import About, Failure, StoredResult, decode_result, failure_payload, split
+from jobs.results import Failure, StoredResult, decode_about, decode_result, failure_payload, split
 from jobs.states import job_id
 
 #: Revoked results written at once, and how often that is done in one of the reaper's rounds.
@@ -43,8 +43,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 log = structlog.get_logger("worker.outside")
-
-_decode_about = msgspec.json.Decoder(About).decode
 
 
 class Outside:
@@ -219,7 +217,8 @@ def _same(end: End, stored: StoredResult) -> bool:
 def _refused(end: End) -> End:
     """The failed end of a job whose result can't be kept, with what stood beside that, unless it is spoilt."""
     try:
-        about = _decode_about(split(end.payload).about)
+        parts = split(end.payload)
+        about = decode_about(parts.about, parts.date_done)
     except (ValueError, msgspec.MsgspecError):
         return dataclasses.replace(end, letter="f", payload=b"", code=REFUSED)
     about = msgspec.structs.replace(about, error=Failure(REFUSED, REFUSED_MESSAGE, about.status))

@@ -41,6 +41,9 @@ class ResultBackend(Protocol):
     def read(self, job_ids: Sequence[str]) -> list[StoredResult | None]:
         """Results by job id, None where there is none. Raises `ValueError` for one that somebody spoilt."""
 
+    def packed(self, job_ids: Sequence[str]) -> list[bytes | None] | None:
+        """Packed results as they lie there, by job id; None where they are kept otherwise."""
+
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
         """Stores packed results by job id, each in the place of what was there; who waits for one is woken.
 

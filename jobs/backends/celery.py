@@ -21,7 +21,7 @@ import msgspec
 
 from jobs.backends.base import HINT, Memory
 from jobs.errors import StoreUnavailable, UsageError
-from jobs.results import NO_BODY_JSON, About, StoredResult, split
+from jobs.results import NO_BODY, NO_BODY_JSON, StoredResult, decode_about, split
 
 _PENDING = "PENDING"
 #: How often a value fails, and something else does not, before it is taken to be at fault.
@@ -39,7 +39,7 @@ class _Beside(msgspec.Struct):
     """What stands under the second id."""
 
     date_done: str
-    mimoq: About | None = None
+    mimoq: msgspec.Raw = NO_BODY
 
 
 _decode_beside = msgspec.json.Decoder(_Beside).decode
@@ -132,10 +132,14 @@ class CeleryResults:
             return None
         try:
             told = _decode_beside(_encode(beside["result"])) if beside["status"] != _PENDING else _Beside("")
+            about = decode_about(told.mimoq, told.date_done) if bytes(told.mimoq) != NO_BODY_JSON else None
             result = msgspec.Raw(_encode(_exception(meta["result"])))
         except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
-        return StoredResult(meta["status"], job_id, result, told.mimoq, told.date_done or None)
+        return StoredResult(meta["status"], job_id, result, about, told.date_done or None)
+
+    def packed(self, job_ids: Sequence[str]) -> None:
+        """They are taken apart."""
 
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
         """Five calls a job; an answer that is there stays. Raises `ValueError` at the first that it refuses."""

@@ -25,7 +25,7 @@ from psycopg import errors, sql
 from jobs.backends.base import HINT, Memory
 from jobs.connections import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S
 from jobs.errors import StoreFull, StoreRefused, StoreUnavailable, UsageError
-from jobs.results import GZIP, NO_BODY_JSON, About, StoredResult, split, unpack
+from jobs.results import NO_BODY_JSON, StoredResult, compressed, decode_about, split, unpack
 
 #: Connections of one process, at most.
 CONNECTIONS = 8
@@ -87,8 +87,6 @@ _NOT_MADE = (errors.UndefinedTable, errors.UndefinedColumn)
 
 T = TypeVar("T")
 
-_decode_about = msgspec.json.Decoder(About).decode
-
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """A connection on which silence is an error: a server that stands still would hold a thread for ever."""
@@ -146,6 +144,9 @@ class PostgreSQLResults:
         found = {row[0]: row for row in rows}
         return [_stored(found[job_id]) if job_id in found else None for job_id in job_ids]
 
+    def packed(self, job_ids: Sequence[str]) -> None:
+        """They are taken apart."""
+
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
         """One statement, and one commit. Raises `ValueError` when it refuses one of them for what that holds."""
         if not results:
@@ -164,7 +165,7 @@ class PostgreSQLResults:
     def _row(self, job_id: str, payload: bytes) -> tuple[str, str, bytes, datetime, bytes | None]:
         parts = split(payload)
         done = datetime.fromisoformat(parts.date_done) if parts.date_done else datetime.now(UTC).replace(tzinfo=None)
-        result = GZIP + zlib.compress(parts.result, 6) if self._compress else parts.result
+        result = compressed(parts.result) if self._compress else parts.result
         return job_id, parts.status, result, done, parts.about or None
 
     def delete(self, job_ids: Sequence[str]) -> None:
@@ -344,16 +345,17 @@ def _made(connection: _Connection) -> tuple[bool, bool, bool]:
 
 def _stored(row: tuple[Any, ...]) -> StoredResult:
     task_id, status, result, date_done, about = row
+    done = date_done.isoformat() if date_done is not None else None
     try:
         return StoredResult(
             status=status,
             task_id=task_id,
             result=msgspec.Raw(unpack(result) if result is not None else NO_BODY_JSON),
-            mimoq=_decode_about(about) if about is not None else None,
+            mimoq=decode_about(about, done) if about is not None else None,
             # A job that was revoked ended with its batch, whenever that was written down.
-            date_done=date_done.isoformat() if date_done is not None and status != "REVOKED" else None,
+            date_done=done if status != "REVOKED" else None,
         )
-    except (zlib.error, msgspec.MsgspecError) as error:
+    except (zlib.error, msgspec.MsgspecError, ValueError) as error:
         raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
 
 

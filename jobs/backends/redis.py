@@ -49,11 +49,15 @@ class RedisResults:
 
     def read(self, job_ids: Sequence[str]) -> list[StoredResult | None]:
         """One round trip."""
+        return [None if payload is None else decode_result(payload) for payload in self.packed(job_ids)]
+
+    def packed(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        """One round trip."""
         if not job_ids:
             return []
         with self._errors():
-            found = self.client.mget([keys.result(job_id) for job_id in job_ids])
-        return [None if payload is None else decode_result(payload) for payload in found]
+            found: list[bytes | None] = self.client.mget([keys.result(job_id) for job_id in job_ids])
+        return found
 
     def write(self, results: Sequence[tuple[str, bytes]]) -> None:
         """Without an expiry, which comes with the batch's end."""

@@ -27,16 +27,16 @@ local function ended(batch, index)
 end
 
 -- The batch has ready work: it joins its lane at the lane's present virtual time, unless it is there already. That is the time
--- of whoever is next for the same upstream; another upstream's workers may be far ahead or behind. The first job of a new one
--- (`leads`) is also found apart from its turn.
+-- that claims have brought it to (claim.lua), or of whoever is next, for the same upstream; another upstream's workers may be far
+-- ahead or behind. The first job of a new one (`leads`) is also found apart from its turn.
 local function wake(batch, leads)
   local lane = redis.call('HMGET', record(batch), 'lane', 'label')
   if not lane[1] then return end
   local name = lane[1] .. ':' .. lane[2]
   local head = redis.call('ZRANGE', prefix .. 'lane:' .. name, 0, 0, 'WITHSCORES')
-  local turn = head[2] or redis.call('GET', prefix .. 'turn:' .. lane[1]) or '0'
+  local turn = math.max(tonumber(head[2] or '0'), tonumber(redis.call('GET', prefix .. 'turn:' .. name) or '0'))
   redis.call('SADD', prefix .. 'lanes', name)
-  redis.call('ZADD', prefix .. 'lane:' .. name, 'NX', turn, batch)
+  redis.call('ZADD', prefix .. 'lane:' .. name, 'NX', stamp(turn), batch)
   if leads then redis.call('ZADD', prefix .. 'leads:' .. name, stamp(now()), batch) end
 end
 
@@ -181,6 +181,10 @@ local function close_if_over(batch)
     of(batch, 'quarantine'), of(batch, 'suspects'))
   local ttl = tonumber(n[7])
   redis.call('EXPIRE', b, ttl)
+  -- They grew by a job at a time, into room that doubled each time: what is left over of it goes.
+  for _, part in ipairs(tonumber(n[1]) > RETIRED_AT_ONCE and {'states', 'done'} or {}) do
+    redis.call('SET', of(batch, part), redis.call('GET', of(batch, part)) or '')
+  end
   for _, part in ipairs({'requests', 'states', 'done', 'strays'}) do redis.call('EXPIRE', of(batch, part), ttl) end
   retire(batch, tonumber(n[1]), ttl)
   if n[11] == 'openai' then

@@ -11,8 +11,8 @@
 -- Returns one word a job: 'ended' (now), 'again' (this very end was stored before), 'late' (a paid answer for a job that
 -- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; not stored).
 --
--- Where results live elsewhere, what was asked of a block of jobs that have all succeeded is not needed any more: it goes. Where
--- they live here it stays, because it costs little beside them.
+-- What was asked of a block of jobs that have all succeeded is not needed any more, since their results tell their custom ids: it
+-- goes. Where some were answered before the batch was made, and have no result here, it stays.
 --
 -- A success is taken from anyone while the job is not terminal; all else needs the current token. What the calls cost is
 -- counted in every case, once.
@@ -38,11 +38,12 @@ local spent = {}
 local counts = {s = 0, f = 0}
 local late, order, codes, stored = 0, {}, {}, 0
 
--- Blocks of jobs that have succeeded now, by the index of one in each.
+-- Jobs that have succeeded now: in the blocks of these there may be no other left.
 local touched = {}
 
 local function drop_requests()
-  local r = redis.call('HMGET', b, 'size', 'total')
+  local r = redis.call('HMGET', b, 'size', 'total', 'answered')
+  if stored > 0 and r[3] ~= '0' then return end
   local size, total = tonumber(r[1]), tonumber(r[2])
   local seen = {}
   for _, index in ipairs(touched) do
@@ -106,9 +107,8 @@ for i = 2, #ARGV, 6 do
       redis.call('SET', result, payload)
       redis.call('PUBLISH', result, payload)
       stored = stored + #payload
-    elseif letter == 's' then
-      touched[#touched + 1] = tonumber(index)
     end
+    if letter == 's' then touched[#touched + 1] = tonumber(index) end
   end
   if (word == 'late' or word == 'fenced') and tells_first(batch, index, token) then
     add_spent(spent, ARGV[i + 4], batch, index, token)

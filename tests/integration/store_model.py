@@ -48,7 +48,7 @@ def ending(
 ) -> End:
     """An end of the job with `USAGE`; another `note` makes it another payload. `code` is a failure's."""
     if letter == "s":
-        about = About(job.request.custom_id, CHAT, USAGE, [], 200)
+        about = About(job.request.custom_id, CHAT, USAGE, [], 200, model="m")
         return End(job, "s", success_payload(job.job_id, b'{"a":"%s"}' % note.encode(), about, compress), calls, USAGE)
     about = About(job.request.custom_id, CHAT, USAGE, [], 400, error=Failure(code, note, 400))
     return End(job, "f", failure_payload(job.job_id, about, compress), calls, USAGE, code)

@@ -15,7 +15,7 @@ import pytest
 from jobs import files, keys
 from jobs.requests import MESSAGES
 from ops.simulator import digest
-from tests.integration.api_stand import PROMPT, ApiStand, api_stand, ask, ask_message, line, lines
+from tests.integration.api_stand import PROMPT, ApiStand, answer, api_stand, ask, ask_message, claim, line, lines
 from tests.integration.openai_stand import Played, content, create, ended, get, input_of, seen, submit, upload
 from tests.integration.store_model import redis_time
 from tests.waiting import wait_for
@@ -147,14 +147,16 @@ def test_bodies_reach_the_upstream_as_they_were_written(stand: ApiStand, http: h
     text = f'{{"model":"m",  "messages":[{{"role":"user","content":{content}}}], "top_p":1.0,"x":1e2}}'
     sent = f'{{"url":"{CHAT}","custom_id":"a","method":"POST","body":{text}}}\r\n'
     file = upload(http, sent.encode()).json()["id"]
-    inline = f'{{"requests":[{{"custom_id":"a",\n"body":{text.replace("as written", "in")}}}],"endpoint":"{CHAT}"}}'
-    one = create(http, input_file_id=file).json()["id"]
+    body = text.replace("as written", "in")
+    inline = f'{{"requests":[{{"custom_id":"a",\n"body":{body}}}],"endpoint":"{CHAT}","lane":"interactive"}}'
+    one = create(http, input_file_id=file, lane="interactive").json()["id"]
     two = http.post("/v1/batches", content=inline.encode()).json()["id"]
     for batch, name in ((one, "as written"), (two, "in")):
-        found = ended(http, batch)
-        assert found["request_counts"]["completed"] == 1
-        stored = stand.store.requests(batch[6:], [0], 50)[0]
-        assert stored.body == text.replace("as written", name).encode()
+        assert seen(http, batch, "in_progress", "failed")["status"] == "in_progress"
+        (job,) = claim(stand.valkey.url, f"{batch[6:]}-0")
+        assert job.request.body == text.replace("as written", name).encode()
+        answer(stand.valkey.url, job)
+        assert ended(http, batch)["request_counts"]["completed"] == 1
     read = http.get(f"/v1/files/{get(http, two)['input_file_id']}/content").content
     assert json.loads(read)["body"]["x"] == 100
     assert b'"x":1e2' in read

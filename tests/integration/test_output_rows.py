@@ -19,6 +19,7 @@ from jobs.requests import CHAT, Request
 from jobs.scripts import Script
 from jobs.states import BatchState, job_id
 from jobs.store import READ_JOBS, NewBatch, Store
+from producers.follow import Follower
 from tests.integration.api_stand import core_standing
 from tests.integration.engine_stand import in_loop
 from tests.integration.store_model import ending, redis_time, requests, run, wait_until
@@ -96,6 +97,22 @@ def test_rows_stand_in_the_order_of_their_ends(store: Store, store_url: str) -> 
     batch.end("f", 6)
     batch.end("s", 3, 4)
     assert [batch.rows(part) for part in PARTS] == [[5, 2, 1, 3, 4], [7, 0, 6], [5, 2, 7, 0, 1, 6, 3, 4]]
+
+
+def test_lines_made_in_the_quick_way_are_those_made_in_the_slow_one(store: Store, store_url: str) -> None:
+    """Answers among all that is none: results that are gone, failures, jobs that no worker ever ended."""
+    batch = Batch(store, store_url, 9)
+    batch.claim(8)
+    batch.end("s", 0, 1, 2, note="\u2028")
+    batch.end("f", 3, 4)
+    batch.end("s", 5)
+    batch.give_back(6, 7)
+    store.backend.delete([job_id(batch.id, 1), job_id(batch.id, 4)])
+    store.cancel(batch.id)
+    slowly = [ended.line() for ended in Follower(store, batch.id).all_ready()]
+    assert b"".join(Follower(store, batch.id).lines()) == b"".join(slowly)
+    assert openai_block(store, store.status(batch.id), rows(store, batch.id, "all")) == b"".join(slowly)
+    assert [json.loads(line)["custom_id"] for line in slowly] == [f"c{n}" for n in (0, 1, 2, 3, 4, 5, 6, 7, 8)]
 
 
 def test_what_lines_say(store: Store, store_url: str) -> None:

@@ -66,6 +66,16 @@ def test_bodies_come_back_as_they_came(place: Place, backend: ResultBackend) -> 
 
 
 @every
+def test_values_are_handed_out_as_they_lie_there_or_not_at_all(backend: ResultBackend) -> None:
+    made = {"a-0": success("a-0"), "a-1": failure("a-1")}
+    backend.write(list(made.items()))
+    assert backend.packed(["a-1", "nobody-0", "a-0"]) == (
+        [made["a-1"], None, made["a-0"]] if backend.compressed else None
+    )
+    assert not backend.packed([])
+
+
+@every
 def test_failures_and_revocations(backend: ResultBackend) -> None:
     made = [("a-0", failure("a-0")), ("a-1", revoked("a-1"))]
     backend.write(made)

@@ -323,32 +323,33 @@ def test_a_slow_backend_holds_up_no_settlement(place: Place, backend: ResultBack
 # -- what a finished job costs Redis
 
 
-def end_elsewhere(url: str, letters: str, compress: bool = False) -> list[Job]:
-    """A worker whose results live elsewhere claims and ends what is ready."""
+def end_elsewhere(url: str, letters: str, compress: bool = False, elsewhere: bool = True) -> list[Job]:
+    """A worker whose results live elsewhere, unless told otherwise, claims and ends what is ready."""
 
     async def work(client: Any) -> list[Job]:
         ended: list[Job] = []
         while jobs := await leases.claim(client, "w", "bulk", [""], 500):
             ends = [ending(job, letters[job.index % len(letters)]) for job in jobs]
-            await leases.finish(client, jobs[0].batch_id, ends, stored_elsewhere=True)
+            await leases.finish(client, jobs[0].batch_id, ends, stored_elsewhere=elsewhere)
             ended += jobs
         return ended
 
     return list(run(work, url))
 
 
-def test_requests_go_with_the_last_success_of_their_block(store_url: str) -> None:
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_requests_go_with_the_last_success_of_their_block(store_url: str, elsewhere: bool) -> None:
     with closing(connect(store_url)) as client:
-        store = Store(client, RedisResults(client))  # as good as another
+        store = Store(client, RedisResults(client, with_state=not elsewhere))  # as good as another
         made = requests(9)
         made[5] = Request(CHAT, custom_id="c5", body=b'{"messages":[],"n":5,"x":"%s"}' % (b"x" * 200_000))
         batch, *_ = store.submit(made, NewBatch(slice_size=4))
         assert sorted(client.hkeys(keys.requests(batch))) == [b"0", b"1", b"2", b"r5"]
-        end_elsewhere(store_url, "sssfsssss")  # index 3 fails
+        end_elsewhere(store_url, "sssfsssss", elsewhere=elsewhere)  # index 3 fails
         assert client.hkeys(keys.requests(batch)) == [b"0"]
         assert store.requests(batch, range(9), 4).keys() == {0, 1, 2, 3}
         assert store.requeue_failed(batch) == 1
-        assert [job.request for job in end_elsewhere(store_url, "s")] == [made[3]]
+        assert [job.request for job in end_elsewhere(store_url, "s", elsewhere=elsewhere)] == [made[3]]
         assert not client.exists(keys.requests(batch))
         assert store.status(batch).succeeded == 9
 

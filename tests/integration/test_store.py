@@ -17,11 +17,13 @@ from jobs.connections import connect, connect_async
 from jobs.errors import NotFound, StoreUnavailable
 from jobs.gates import Gate, account_gate, gates_of, open_gate, server_time
 from jobs.leases import Back, End, Job
-from jobs.requests import MESSAGES, Request, make_request
+from jobs.looks import Wanted, look
+from jobs.requests import CHAT, MESSAGES, Request, make_request
 from jobs.results import Usage
 from jobs.settings import load_settings
 from jobs.states import BatchState, JobState
 from jobs.store import NewBatch, Store
+from producers.follow import Follower
 from tests.integration.store_model import ALIKE, ending, leftovers, redis_time, renew, requests, run, wait_until
 from worker.limiter import Limiter
 
@@ -245,6 +247,29 @@ def test_failed_jobs_are_queued_again_by_wish_alone(store: Store, store_url: str
     assert finish(store_url, again) == ["ended"] * 3
     assert store.requeue_failed(batch_id) == 0
     assert store.requeue_failed("no") == 0
+
+
+def test_jobs_keep_their_names_when_their_requests_have_gone(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(6), NewBatch(slice_size=2))
+    jobs = claim(store_url, 5)
+    finish(store_url, jobs[:4])
+    finish(store_url, jobs[4:5], "f")
+    store.cancel(batch_id)
+    assert store.client.hkeys(keys.requests(batch_id)) == [b"2"], "the block of a failed and of a cancelled job"
+    names = [f"c{index}" for index in range(6)]
+    assert [ended.custom_id for ended in Follower(store, batch_id).all_ready()] == names
+    looks = look(store.client, store.backend, [Wanted("", batch_id, index) for index in range(6)])
+    assert [(seen.custom_id, seen.endpoint) for seen in looks if seen is not None] == [(name, CHAT) for name in names]
+
+
+def test_rows_answered_before_keep_their_requests(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(4), NewBatch(slice_size=2, answered=b"s"))
+    finish(store_url, claim(store_url, 4))
+    assert store.status(batch_id).state is BatchState.FINISHED
+    assert sorted(store.client.hkeys(keys.requests(batch_id))) == [b"0", b"1"]
+    (seen,) = look(store.client, store.backend, [Wanted("", batch_id, 0)])
+    assert seen is not None
+    assert (seen.custom_id, seen.stored) == ("c0", None), "nothing else tells"
 
 
 # -- failures alike
@@ -483,6 +508,18 @@ def test_another_upstreams_speed_moves_no_turn_here(store: Store, store_url: str
         for job in claim(store_url, 2, labels=("here",)):
             handed[job.batch_id] += 1
     assert handed == {here: 10, new: 10}
+
+
+def test_a_lane_that_was_empty_is_no_way_past_another_of_the_same_workers(store: Store, store_url: str) -> None:
+    here, *_ = store.submit(requests(400), NewBatch(label="here", slice_size=50))
+    for _ in range(4):
+        claim(store_url, 50, labels=("here", ""))
+    anywhere, *_ = store.submit(requests(400), NewBatch(slice_size=50))
+    handed = {here: 0, anywhere: 0}
+    for _ in range(4):
+        for job in claim(store_url, 25, labels=("here", "")):
+            handed[job.batch_id] += 1
+    assert handed == {here: 50, anywhere: 50}
 
 
 def test_scheduled_retries_block_nobody_and_come_when_due(store: Store, store_url: str) -> None:

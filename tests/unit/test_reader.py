@@ -38,8 +38,9 @@ def judged(content: bytes, limit: int = LIMIT, **defaults: Any) -> Report:
     return validate(io.BytesIO(content), Defaults(**defaults), limit)
 
 
-def taken(content: bytes, limit: int = LIMIT, *, skip_invalid: bool = False) -> list[tuple[int, Request | InvalidLine]]:
-    return list(requests(io.BytesIO(content), Defaults(), limit, skip_invalid))
+def taken(content: bytes, limit: int = LIMIT, report: Report | None = None) -> list[tuple[int, Request | InvalidLine]]:
+    report = judged(content, limit) if report is None else report
+    return list(requests(io.BytesIO(content), Defaults(), limit, report))
 
 
 def identified(*ids: str | None) -> bytes:
@@ -178,7 +179,7 @@ def test_a_refused_line_keeps_its_id() -> None:
 
 def test_bad_lines_are_given_with_an_id_where_they_are_skipped() -> None:
     content = BAD + b"\n" + GOOD + b'\n{"prompt":1,"custom_id":"a"}\n'
-    found = taken(content, skip_invalid=True)
+    found = taken(content)
     assert [(n, type(item), item.custom_id) for n, item in found] == [
         (1, InvalidLine, "line-1"),
         (2, Request, "line-2"),
@@ -186,9 +187,22 @@ def test_bad_lines_are_given_with_an_id_where_they_are_skipped() -> None:
     ]
 
 
-def test_bad_lines_end_a_pass_that_does_not_skip_them() -> None:
-    with pytest.raises(UsageError, match=r"^line 2: temperature: 1\.9 is over 1\.5$"):
-        taken(GOOD + b"\n" + BAD)
+CHANGES = [
+    (GOOD, GOOD + b"\n" + GOOD),
+    (GOOD, GOOD.replace(b"x", b"y")),
+    (GOOD, BAD),
+    (GOOD, b""),
+    (GOOD, b"no JSON"),
+    (GOOD, GOOD.replace(b"x", b"x" * LIMIT)),
+    (GOOD + b"\n" + BAD, GOOD + b"\n" + BAD.replace(b"9", b"8")),
+    (BAD, GOOD),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_what_is_not_what_was_judged_is_found_out(before: bytes, after: bytes) -> None:
+    with pytest.raises(UsageError, match="the input changed while it was read, nothing was submitted"):
+        taken(after, report=judged(before))
 
 
 def test_one_warning_per_field_name() -> None:
@@ -247,8 +261,30 @@ def test_no_bytes_raise_anything_but_invalid_line(content: bytes) -> None:
 @given(st.lists(PIECES, max_size=40).map(b"".join))
 def test_both_passes_agree(content: bytes) -> None:
     report = judged(content, limit=60)
-    found = taken(content, limit=60, skip_invalid=True)
+    found = taken(content, limit=60)
     good = [item.custom_id for _, item in found if isinstance(item, Request)]
     assert (report.total, report.bad) == (len(good), len(found) - len(good))
     assert len(set(good)) == len(good)
     assert report.ok or report.problems
+
+
+LINES = st.lists(
+    st.sampled_from([GOOD, b"", b" " + GOOD, identified("a"), identified("b"), b'{"prompt":1,"custom_id":"c"}'])
+)
+
+
+@settings(deadline=None)
+@given(LINES.map(b"\n".join), st.booleans())
+def test_both_ways_to_read_again_agree(content: bytes, model: bool) -> None:
+    """Lines that were all good are not judged again; the same lines beside a bad one are."""
+    defaults = Defaults(model="m" if model else None)
+    bad = content + b"\n" + BAD
+    alone, beside = (
+        [
+            (number, found.endpoint, found.body, found.custom_id)
+            for number, found in requests(io.BytesIO(raw), defaults, LIMIT, validate(io.BytesIO(raw), defaults, LIMIT))
+            if isinstance(found, Request)
+        ]
+        for raw in (content, bad)
+    )
+    assert alone == beside

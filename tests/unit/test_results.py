@@ -13,6 +13,7 @@ from anthropic.types.messages import MessageBatchIndividualResponse
 from jobs.requests import CHAT
 from jobs.results import (
     GZIP,
+    ZLIB,
     About,
     Attempt,
     Failure,
@@ -68,7 +69,7 @@ def test_parts_are_found_whatever_answers_and_errors_hold(compress: bool) -> Non
     stored = decode_result(payload)
     assert (bad.status, bad.result, bad.date_done) == ("FAILURE", bytes(stored.result), stored.date_done)
     assert msgspec.json.decode(bad.about, type=About) == stored.mimoq
-    for spoilt in (b"", b"{}", payload[:40], GZIP + b"no"):
+    for spoilt in (b"", b"{}", payload[:40], ZLIB + b"no"):
         with pytest.raises(ValueError, match="not one of ours"):
             split(spoilt)
 
@@ -76,7 +77,7 @@ def test_parts_are_found_whatever_answers_and_errors_hold(compress: bool) -> Non
 @pytest.mark.parametrize("compress", [True, False])
 def test_a_success_comes_back_as_it_came(compress: bool) -> None:
     payload = success_payload("b-0", BODY, about(), compress)
-    assert payload.startswith(GZIP) is compress
+    assert payload.startswith(ZLIB) is compress
     stored = decode_result(payload)
     assert (stored.status, stored.task_id, bytes(stored.result), stored.mimoq) == ("SUCCESS", "b-0", BODY, about())
     assert repr(stored) == "StoredResult('b-0', SUCCESS)"
@@ -102,7 +103,8 @@ def test_a_failure_is_an_exception_that_every_reader_has() -> None:
         b"{}",
         b"junk",
         GZIP + b"junk",
-        GZIP + zlib.compress(b"[]"),
+        ZLIB + b"junk",
+        ZLIB + zlib.compress(b"[]"),
         b'{"status":"\xff"}',
         b"[" * 100_000,
         b'{"result":' + b"[" * 100_000,
