@@ -118,9 +118,9 @@ def quarantine(name: str, label: str) -> str:
     return f"{PREFIX}quarantine:{name}:{label}"
 
 
-def turn(name: str) -> str:
-    """string: the virtual time of a lane, at which a batch that becomes ready joins."""
-    return f"{PREFIX}turn:{name}"
+def turn(name: str, label: str) -> str:
+    """string: the virtual time of a lane for an upstream, at which a batch that becomes ready joins."""
+    return f"{PREFIX}turn:{name}:{label}"
 
 
 def lease(token: str) -> str:
@@ -151,6 +151,11 @@ def limit(account: str, model: str) -> str:
 def flight(lane: str, account: str, model: str) -> str:
     """zset: reservation id -> unix time at which it counts as lost with its worker."""
     return f"{PREFIX}flight:{lane}:{account}:{model}"
+
+
+def answering(account: str) -> str:
+    """string with expiry: there while a worker that serves the interactive lane lives."""
+    return f"{PREFIX}answering:{account}"
 
 
 def minute(account: str, model: str) -> str:

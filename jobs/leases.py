@@ -110,7 +110,7 @@ async def claim(
     With `leads` none but the first job of a new batch; else one such job, if there are to be others.
     """
     lanes = [keys.lane(lane, label) for label in labels]
-    names = [keys.PREFIX, keys.turn(lane), *lanes]
+    names = [keys.PREFIX, *lanes]
     return _jobs(
         await _claim(client, names, [worker_id, secrets.token_hex(8), lease_s, wanted, "1" if leads else ""]), lane
     )
@@ -202,12 +202,14 @@ async def beat(
     flights: Mapping[str, Collection[str]],
     reservation_s: float,
     lease_s: float = LEASE_S,
+    interactive: bool = False,
 ) -> Beat:
-    """Says that a worker lives, renews its leases, and its reservations by the key that holds them."""
-    args: list[Any] = [worker_id, said, LISTED_S, lease_s, len(tokens), *tokens, reservation_s]
+    """Says that a worker lives, and if it serves the `interactive` lane that a share of the calls in flight is to be kept;
+    renews its leases, and its reservations by the key that holds them."""
+    args: list[Any] = [worker_id, said, LISTED_S, int(interactive), lease_s, len(tokens), *tokens, reservation_s]
     for ids in flights.values():
         args += (len(ids), *ids)
-    names = [keys.PREFIX, keys.WORKERS, keys.worker(worker_id), keys.gate(account), *flights]
+    names = [keys.PREFIX, keys.WORKERS, keys.worker(worker_id), keys.gate(account), keys.answering(account), *flights]
     *found, gate, now = await _beat(client, names, args)
     lost, closing, paused = ({token.decode() for token in tokens} for tokens in found)
     return Beat(lost, closing, paused, float(gate) if gate else None, float(now))

@@ -58,6 +58,10 @@ def _number(text: str) -> int:
 def _work(lane: str, exit_with_stdin: bool, start_on_stdin: bool, place: int) -> NoReturn:
     """This process becomes a Celery worker of the lane, and ends as one."""
     drain().hear()
+    # structlog and httpx would import toolkits for terminals, 0.2 s of them, which a worker has no use for. None makes
+    # the import fail, and they do without.
+    modules: dict[str, Any] = sys.modules
+    modules.update({"rich": None, "httpx._main": None})
     told = _told_to_start() if start_on_stdin else {}
     if told is None:
         sys.exit(0)  # whoever started us has changed its mind
@@ -116,10 +120,6 @@ def _told_to_start() -> dict[str, Any] | None:
     """
     import json
 
-    # structlog and httpx would import toolkits for terminals, 0.2 s of them, which a worker has no use for. None makes
-    # the import fail, and they do without.
-    modules: dict[str, Any] = sys.modules
-    modules.update({"rich": None, "httpx._main": None})
     from worker import host as _  # noqa: F401 - only to have it imported
 
     line = b""

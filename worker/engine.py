@@ -38,6 +38,7 @@ from worker.line import Lines
 from worker.metrics import Counts
 from worker.outcome import Outcome
 from worker.outside import Outside
+from worker.places import Places
 from worker.run import Run, calls_of
 from worker.upstream import Upstream
 from worker.verdict import Kind, Policy, Verdict, backoff, classify
@@ -79,7 +80,8 @@ class Engine:
         self.intake = Intake(client, settings, worker_id, self.lines, self._may_start, self._waiting, self.welcome)
         self.outside = Outside(client, backend, settings.result_ttl_s) if backend is not None else None
         self.counts = Counts(settings)
-        self.flusher = Flusher(client, self.outside, self.limiter, self.lines.wake, self._let_go, self._told)
+        self.places = Places(client, self.limiter, self.lines.asks, self.lines.wake)
+        self.flusher = Flusher(client, self.outside, self.places, self._let_go, self._told)
         self.estimates = Estimates(settings.estimate_completion_tokens)
         self._policy = Policy.of(settings)
         self.followed: Callable[[], None] = lambda: None  # told when something follows a job's end
@@ -87,7 +89,7 @@ class Engine:
         self.renewed_at = time.monotonic()
         self.holding = Holding(self._write_back)
         self.flying: dict[str, tuple[Run, asyncio.Task[None]]] = {}  # by reservation
-        self._serves_interactive = False
+        self.serves_interactive = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._drain: asyncio.Timeout | None = None
         self._hurried = False
@@ -112,7 +114,7 @@ class Engine:
 
     async def ring(self, lane: str, claimed: list[tuple[str, int]] | None = None) -> int:
         """Answers one ring: claims up to a slice as room comes, into `claimed` too; returns how many jobs were accepted."""
-        self._serves_interactive |= lane == "interactive"
+        self.serves_interactive |= lane == "interactive"
         return await self.intake.ring(lane, claimed)
 
     def look(self, lane: str) -> None:
@@ -138,7 +140,7 @@ class Engine:
         if not self._may_start():
             return 0
         most = self.settings.worker_max_in_flight
-        if lane != "interactive" and self._serves_interactive:
+        if lane != "interactive" and self.serves_interactive:
             most = max(1, most - max(1, most // 20))
         return most - len(self.flying) - self.lines.asking
 
@@ -153,11 +155,11 @@ class Engine:
     def unused(self, model: str, reservations: list[tuple[Reservation, int]]) -> None:
         """Settles reservations, each with its tokens, that nobody will use."""
         for reservation, tokens in reservations:
-            self.flusher.settle(model, settlements.unused(reservation, tokens))
+            self.places.settle(model, settlements.unused(reservation, tokens))
 
     def _waiting(self, lane: str) -> int:
         """Jobs held that are not in flight; those that rest after a failure leave room for others, within reason."""
-        if self._serves_interactive:
+        if self.serves_interactive:
             return sum(run.job.lane == lane and not run.flying for run in self.holding)
         return len(self.holding) - len(self.flying) - min(len(self.holding.resting), self.settings.worker_max_in_flight)
 
@@ -223,7 +225,7 @@ class Engine:
     def start(self, run: Run, reservation: Reservation, due: float) -> None:
         """Makes a call, due at this monotonic time."""
         if run.over:  # given back while the limiter was asked
-            self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
+            self.places.settle(run.model, settlements.unused(reservation, run.estimate))
             return
         run.flying = True
         task = asyncio.get_running_loop().create_task(self._call(run, reservation, due))
@@ -234,7 +236,7 @@ class Engine:
         if reservation.id in self.flying:  # cancelled before its first step
             del self.flying[reservation.id]
             run.flying = False
-            self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
+            self.places.settle(run.model, settlements.unused(reservation, run.estimate))
             self.holding.hand_back(run)
 
     async def _call(self, run: Run, reservation: Reservation, due: float) -> None:
@@ -245,7 +247,7 @@ class Engine:
                 await asyncio.sleep(delay_s)
             late = time.monotonic() - due > LATE_S
             if run.over or run.lost or late or self.lines.held(run.model) or not self._may_start():
-                self.flusher.settle(run.model, settlements.unused(reservation, run.estimate))
+                self.places.settle(run.model, settlements.unused(reservation, run.estimate))
                 self._queue(run, first=True)
                 return
             self.counts.started(run)
@@ -258,7 +260,7 @@ class Engine:
         except asyncio.CancelledError:
             # Its batch was cancelled, or the drain's time is over.
             end = settlements.broken_off(reservation) if called else settlements.unused(reservation, run.estimate)
-            self.flusher.settle(run.model, end)
+            self.places.settle(run.model, end)
             outcome = Outcome(started_at=called, latency_s=time.time() - called, error="aborted", sent=True)
             verdict = Verdict(Kind.RETRY, "aborted", maybe_billed=True)
             if called and not run.over:
@@ -267,7 +269,7 @@ class Engine:
         except Exception as error:
             # A fault of ours, which the next call of this job would meet again, paid for again.
             log.error("call_died", job=run.job.job_id, error=type(error).__name__, exc_info=error)
-            self.flusher.settle(run.model, settlements.broken_off(reservation))
+            self.places.settle(run.model, settlements.broken_off(reservation))
             outcome = Outcome(started_at=time.time(), error="internal_error", sent=bool(called))
             verdict = Verdict(Kind.FAILED, "internal_error", maybe_billed=bool(called))
             self._finish(run, outcome, verdict)
@@ -285,8 +287,8 @@ class Engine:
         if outcome.retry_after_s and settlement.what != "clean":
             self.lines.hold(run.model, outcome.retry_after_s)
         if outcome.rate_limits:
-            self.flusher.tell(run.model, settlements.told(reservation.at_ms, outcome.rate_limits))
-        self.flusher.settle(run.model, settlement)
+            self.places.tell(run.model, settlements.told(reservation.at_ms, outcome.rate_limits))
+        self.places.settle(run.model, settlement)
         if outcome.usage is not None and outcome.error is None:
             self.estimates.learn(run, outcome.usage)
 

@@ -1,10 +1,10 @@
 """The flusher: what the engine has decided, written to Redis in blocks.
 
-Ends of jobs, jobs given back and settled reservations are collected and written together, one pipeline at a time. When
-Redis is away everything stays here, in order, and is written when it is back; every write is idempotent, so one whose
-fate is unknown is made again. The engine starts no call meanwhile (`failing`), nor while answers of over `HELD_BYTES` wait
-(`full`), so what waits is bounded by that and by what was in flight. All that is written Redis also takes when it is out
-of memory.
+Ends of jobs and jobs given back are collected and written together, one pipeline at a time; reservations are settled
+beside them (`places`), because a place that waits is one unused. When Redis is away everything stays here, in order, and
+is written when it is back; every write is idempotent, so one whose fate is unknown is made again. The engine starts no
+call meanwhile (`failing`), nor while answers of over `HELD_BYTES` wait (`full`), so what waits is bounded by that and by
+what was in flight. All that is written Redis also takes when it is out of memory.
 
 Where results live outside, an end first waits for its result to be stored there, and then for the state. A backend that is
 away, or slow, holds up ends alone: reservations are settled and jobs given back meanwhile.
@@ -24,12 +24,12 @@ from redis.exceptions import RedisError
 from jobs import leases
 from jobs.errors import StoreUnavailable
 from jobs.leases import Back, End, Job
-from jobs.scripts import Call, call_all
-from worker.limiter import SETTLE, Limiter, Settlement
+from jobs.scripts import call_all
 from worker.outside import Outside
+from worker.places import Places
 
-#: Seconds that outcomes are collected before a block is written: a place in flight that waits is one unused, but each
-#: block costs CPU. So it is so many times what the last block took to write, within bounds.
+#: Seconds that outcomes are collected before a block is written: each block costs CPU. So it is so many times what the last
+#: block took to write, within bounds.
 COLLECT = 1.0
 COLLECT_LEAST_S = 0.002
 COLLECT_MOST_S = 0.01
@@ -49,30 +49,25 @@ log = structlog.get_logger("worker.flusher")
 class Flusher:
     """Collects writes and makes them.
 
-    `on_settled` is called when reservations were freed, `on_written` with jobs that this worker no longer holds, before it
-    `on_told` with what the store said of each end, in the words of finish.lua.
+    `on_written` is called with jobs that this worker no longer holds, before it `on_told` with what the store said of each
+    end, in the words of finish.lua.
     """
 
     def __init__(
         self,
         client: Any,
         outside: Outside | None,
-        limiter: Limiter,
-        on_settled: Callable[[], None],
+        places: Places,
         on_written: Callable[[list[Job]], None],
         on_told: Callable[[End, str], None],
     ) -> None:
         self._client = client
         self._outside = outside  # None when results go with the state in one step
-        self._limiter = limiter
-        self._on_settled = on_settled
+        self._places = places
         self._on_written = on_written
         self._on_told = on_told
         self._ends: list[End] = []
         self._backs: list[Back] = []
-        self._settlements: dict[str, list[Settlement]] = defaultdict(list)
-        self._told: dict[str, str] = {}
-        self._urgent: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,7 +82,8 @@ class Flusher:
     @property
     def failing(self) -> bool:
         """Whether what calls would bring can't be written at present."""
-        return self._away or self._outside_away or (self._outside is not None and not self._outside.usable)
+        away = self._away or self._places.away or self._outside_away
+        return away or (self._outside is not None and not self._outside.usable)
 
     def end(self, end: End) -> None:
         """A job has ended."""
@@ -113,47 +109,26 @@ class Flusher:
         self._backs.append(back)
         self._stir()
 
-    def settle(self, model: str, settlement: Settlement) -> None:
-        """A reservation is over. What asks for a pause is written at once: other workers must hear of it."""
-        if settlement.retry_after_s and not self._away:
-            task = asyncio.get_running_loop().create_task(self._settle_now(model, settlement))
-            self._urgent.add(task)
-            task.add_done_callback(self._urgent.discard)
-        else:
-            self._settlements[model].append(settlement)
-        self._stir()
-
-    async def _settle_now(self, model: str, settlement: Settlement) -> None:
-        try:
-            await call_all(self._client, [self._settle_call(model, [settlement])])
-            self._on_settled()
-        except (RedisError, OSError, asyncio.CancelledError):
-            self._settlements[model].append(settlement)
-            self._stir()
-
-    def tell(self, model: str, told: str) -> None:
-        """The newest x-ratelimit-* headers, which go with the next settlements."""
-        self._told[model] = told
-
     def _stir(self) -> None:
         self._idle.clear()
         self._wake.set()
 
     async def flushed(self) -> None:
-        """Waits until everything handed over so far has been written."""
-        while self._urgent or not (self._idle.is_set() and self._stored.is_set()):
-            await asyncio.gather(*self._urgent, self._idle.wait(), self._stored.wait())
+        """Waits until everything handed over so far has been written, and every reservation is settled."""
+        await self._places.settled()
+        while not (self._idle.is_set() and self._stored.is_set()):
+            await asyncio.gather(self._idle.wait(), self._stored.wait())
 
     async def run(self) -> None:
         """Writes blocks until cancelled."""
-        if self._outside is None:
-            await self._write_all()
-            return
-        both = [asyncio.ensure_future(self._write_all()), asyncio.ensure_future(self._store_all(self._outside))]
+        loops = [self._write_all(), self._places.run()]
+        if self._outside is not None:
+            loops.append(self._store_all(self._outside))
+        tasks = [asyncio.ensure_future(loop) for loop in loops]
         try:
-            await asyncio.gather(*both)
+            await asyncio.gather(*tasks)
         finally:
-            for task in both:
+            for task in tasks:
                 task.cancel()
 
     async def _store_all(self, outside: Outside) -> None:
@@ -214,34 +189,24 @@ class Flusher:
             self._wake.clear()
             ends, self._ends = self._ends, []
             backs, self._backs = self._backs, []
-            settlements, self._settlements = self._settlements, defaultdict(list)
             began = time.monotonic()
             written = False
             while not written:
-                written = await self._write(ends, backs, settlements)
+                written = await self._write(ends, backs)
                 await asyncio.sleep(0 if written else RETRY_S)
             took_s = time.monotonic() - began
             if not self._wake.is_set():
                 self._idle.set()
 
-    async def _write(
-        self,
-        ends: list[End],
-        backs: list[Back],
-        settlements: dict[str, list[Settlement]],
-    ) -> bool:
+    async def _write(self, ends: list[End], backs: list[Back]) -> bool:
         """Whether all is written; what is written is taken out of the lists."""
         try:
-            # Settled with the first results, in one round trip: a place freed early is a call started early.
-            while settlements or ends or backs:
+            while ends or backs:
                 block = _block(ends)
                 last = len(block) == len(ends)
-                await self._write_block(block, backs if last else [], settlements)
+                await self._write_block(block, backs if last else [])
                 del ends[: len(block)]
                 self._held_bytes -= _bytes(block)
-                if settlements:
-                    settlements.clear()
-                    self._on_settled()
                 done = [end.job for end in block]
                 if last:
                     done += [back.job for back in backs]
@@ -261,27 +226,19 @@ class Flusher:
             self._away = False
         return True
 
-    async def _write_block(
-        self,
-        block: list[End],
-        backs: list[Back],
-        settlements: dict[str, list[Settlement]],
-    ) -> None:
-        calls = [self._settle_call(model, items) for model, items in settlements.items()]
-        finishes = len(calls)
+    async def _write_block(self, block: list[End], backs: list[Back]) -> None:
         by_batch = _by_batch(block, lambda end: end.job)
-        for batch_id, ends in by_batch.items():
-            calls.append(leases.finish_call(batch_id, ends, stored_elsewhere=self._outside is not None))
+        calls = [
+            leases.finish_call(batch_id, ends, stored_elsewhere=self._outside is not None)
+            for batch_id, ends in by_batch.items()
+        ]
         given_back = len(calls)
         for batch_id, jobs in _by_batch(backs, lambda back: back.job).items():
             calls.append(leases.give_back_call(batch_id, jobs))
         replies = await call_all(self._client, calls)
-        for ends, words in zip(by_batch.values(), replies[finishes:given_back], strict=True):
+        for ends, words in zip(by_batch.values(), replies[:given_back], strict=True):
             for end, word in zip(ends, words, strict=True):
                 self._on_told(end, word.decode())
-
-    def _settle_call(self, model: str, items: list[Settlement]) -> Call:
-        return Call(SETTLE, self._limiter.keys(model), self._limiter.settle_args(items, self._told.pop(model, "")))
 
 
 def _by_batch(items: Iterable[T], job: Callable[[T], Job]) -> dict[str, list[T]]:

@@ -55,6 +55,7 @@ class Heartbeat:
             list(engine.holding.tokens),
             engine.limiter.flights((run.model, reservation) for reservation, (run, _) in engine.flying.items()),
             RESERVATION_S,
+            interactive=engine.serves_interactive,
         )
         if found.lost:
             engine.lease_lost(found.lost)

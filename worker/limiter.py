@@ -13,7 +13,7 @@ from typing import Any
 from jobs import keys
 from jobs.keys import COMPLETE, LANES
 from jobs.leases import Job
-from jobs.scripts import Script
+from jobs.scripts import Call, Script
 from jobs.settings import Settings
 
 #: Seconds a reservation lives unless renewed: as long as a lease, so that a dead worker's places are free when its jobs are.
@@ -101,18 +101,18 @@ class Limiter:
         The leases of `jobs`, one an estimate, remember the calls that are let through.
         """
         call = self.reserve_call(model, lane, prefix, estimates, jobs)
-        return self.granted(prefix, await RESERVE(self._client, *call))
+        return self.granted(prefix, await RESERVE(self._client, call.keys, call.args))
 
     def reserve_call(
         self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
-    ) -> tuple[list[str], list[Any]]:
-        """Keys and arguments of `RESERVE`."""
+    ) -> Call:
+        """What `reserve` asks, to be asked with other calls; `granted` reads the reply."""
         who = f"{self._worker_id}:{lane}" + (":bulk" if lane == COMPLETE else "")
         candidates: Sequence[int | str] = estimates
         if jobs:
             candidates = [f"{n} {job.token} {job.index}" for n, job in zip(estimates, jobs, strict=True)]
-        names = [*self.keys(model), keys.LIMITS, keys.lease(""), keys.batch("")]
-        return names, [*self._args, prefix, who, f"{self.account}:{model}", *candidates]
+        names = [*self.keys(model), keys.LIMITS, keys.lease(""), keys.batch(""), keys.answering(self.account)]
+        return Call(RESERVE, names, [*self._args, prefix, who, f"{self.account}:{model}", *candidates])
 
     @staticmethod
     def granted(prefix: str, reply: list[Any]) -> Grant:

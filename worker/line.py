@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 from redis.exceptions import RedisError
 
+from jobs.leases import Job
+from jobs.scripts import Call
 from worker.limiter import Grant, Limiter, Reservation
 from worker.run import Run
 
@@ -34,6 +37,10 @@ PROBE_S = 0.5
 IDLE_S = 10.0
 #: What bounds a line while the limiter can't be asked.
 AWAY = "store_away"
+#: What bounds one that waits for a place in flight.
+PLACES = ("window", "concurrency")
+#: What a line is granted that has not asked.
+NOTHING = Grant([], 0.0, "", "")
 
 log = structlog.get_logger("worker.line")
 
@@ -80,6 +87,7 @@ class Lines:
         self.caller = caller
         self.gate_until = 0.0  # of the account, as whichever line looked last has seen it
         self._lines: dict[tuple[str, str], Line] = {}
+        self._asked: set[Line] = set()  # with what is being settled
         self._not_before: dict[str, float] = {}  # by model: what an upstream has just asked for here
 
     def add(self, run: Run, first: bool = False) -> None:
@@ -90,7 +98,8 @@ class Lines:
             line = self._lines[name] = Line(*name, self)
             self.caller.spawn(line.live())
         (line.ahead if first else line.waiting).append(run)
-        line.wake.set()
+        if not line.wants_place or line.jobs == 1:  # else it waits for what another job does not bring
+            line.wake.set()
 
     def ahead(self, lane: str) -> int:
         """How many jobs of the lane come first, whatever else waits."""
@@ -102,10 +111,26 @@ class Lines:
             line.ahead = deque(run for run in line.ahead if not run.over)
             line.waiting = deque(run for run in line.waiting if not run.over)
 
+    def asks(self, freed: Mapping[str, int]) -> list[Ask]:
+        """What the lines that wait for a place ask for when so many of each model are freed; interactive ones first.
+
+        For twice as many, since what frees them may also widen the window.
+        """
+        found = []
+        for line in sorted(self._lines.values(), key=lambda line: line.lane != "interactive"):
+            if line.wants_place and (count := 2 * freed.get(line.model, 0)):
+                wanted = min(self.caller.free(line.lane), line.jobs, count, RESERVE_BLOCK)
+                if wanted > 0:
+                    found.append(line.ask(wanted))
+        self._asked = {ask.line for ask in found}
+        return found
+
     def wake(self) -> None:
-        """Reservations were freed: looks at the limiter again."""
+        """Reservations were freed: who has not asked with that looks at the limiter again."""
         for line in self._lines.values():
-            line.wake.set()
+            if line not in self._asked:
+                line.wake.set()
+        self._asked = set()
 
     def drop(self, model: str, lane: str) -> None:
         """A line has ended."""
@@ -148,6 +173,39 @@ class Lines:
         return sorted({line.bound for line in lines if line.bound and (line.jobs or line.shut_until)})
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a line asks of the limiter, at this monotonic time, for the jobs it took out."""
+
+    line: Line
+    limiter: Limiter
+    candidates: list[Run]
+    prefix: str
+    at: float
+
+    @property
+    def what(self) -> tuple[str, str, str, list[int], list[Job]]:
+        """What `Limiter.reserve` is asked."""
+        estimates, jobs = [run.estimate for run in self.candidates], [run.job for run in self.candidates]
+        return self.line.model, self.line.lane, self.prefix, estimates, jobs
+
+    @property
+    def call(self) -> Call:
+        """The same, to be asked with other calls."""
+        return self.limiter.reserve_call(*self.what)
+
+    def answered(self, reply: list[Any]) -> None:
+        """The script's reply."""
+        self.line.answered(self, self.limiter.granted(self.prefix, reply))
+        if not self.line.wants_place:
+            self.line.wake.set()
+
+    def lost(self, error: BaseException) -> None:
+        """Nobody knows whether it has arrived."""
+        self.line.lost(self, error)
+        self.line.wake.set()
+
+
 class Line:
     """The jobs of one model and lane that wait for their call."""
 
@@ -158,6 +216,8 @@ class Line:
         self.waiting: deque[Run] = deque()
         self.wake = asyncio.Event()
         self.asking = 0
+        self._grant = NOTHING  # the last
+        self._full = False  # this worker, by what was asked for last
         self.shut_until = 0.0
         self.bound = ""  # what holds it back, for people: a limit, the reason of a gate, or nothing
         self._lines = lines
@@ -167,6 +227,12 @@ class Line:
     def jobs(self) -> int:
         """Jobs that wait."""
         return len(self.ahead) + len(self.waiting)
+
+    @property
+    def wants_place(self) -> bool:
+        """Whether it waits for a place in flight, and asks as soon as some are settled here."""
+        grant = self._grant
+        return not grant.shut and (grant.bound in PLACES or (not grant.bound and self._full))
 
     async def live(self) -> None:
         """Starts calls as the limiter lets them through, until there have been no jobs for a while."""
@@ -182,8 +248,7 @@ class Line:
                     self._caller.look(self.lane)
                 continue
             if not self.jobs:
-                await self._pause(IDLE_S)
-                if not self.jobs and not self.wake.is_set():
+                if not await self._pause(IDLE_S) and not self.jobs and not self.asking:
                     self._lines.drop(self.model, self.lane)
                     return
                 continue
@@ -194,28 +259,51 @@ class Line:
                 await self._pause(ASK_AGAIN_S)
 
     async def _ask(self, wanted: int) -> None:
+        ask = self.ask(wanted)
+        try:
+            grant = await ask.limiter.reserve(*ask.what)
+        except (RedisError, OSError) as error:
+            self.lost(ask, error)
+            await asyncio.sleep(ASK_AGAIN_S)
+            return
+        self.answered(ask, grant)
+        while self.wants_place:
+            grant = self._grant
+            if await self._pause(ASK_AGAIN_S) or self._grant is grant or not self.jobs:
+                return
+        grant = self._grant
+        if grant.shut:
+            await asyncio.sleep(min(grant.ask_again_s, GATE_LOOK_S if grant.bound != "retry_after" else LOOK_S))
+        elif grant.ask_again_s > 0:
+            await asyncio.sleep(min(grant.ask_again_s, LOOK_S))
+
+    def ask(self, wanted: int) -> Ask:
+        """Takes out so many jobs to ask for their calls; `answered` or `lost` is to follow."""
+        self._full = wanted >= self._caller.free(self.lane)
         candidates = [(self.ahead or self.waiting).popleft() for _ in range(wanted)]
         for run in candidates:
             run.estimate = self._caller.estimate(run)
-        asked_at = time.monotonic()
-        self.asking = wanted
+        self.asking += wanted
         limiter = self._lines.limiter
-        prefix = limiter.ids(self.lane)
-        try:
-            estimates, jobs = [run.estimate for run in candidates], [run.job for run in candidates]
-            grant = await limiter.reserve(self.model, self.lane, prefix, estimates, jobs)
-        except (RedisError, OSError) as error:
-            # It may have arrived, and what it granted would stand there as in flight.
-            lost = [Reservation(f"{prefix}.{i}", 0.0, 0, False) for i in range(1, wanted + 1)]
-            self._caller.unused(self.model, [(item, run.estimate) for item, run in zip(lost, candidates, strict=True)])
-            self._put_back(candidates)
-            if self.bound != AWAY:
-                log.warning("reserve_failed", error=type(error).__name__)
-            self.bound = AWAY
-            await asyncio.sleep(ASK_AGAIN_S)
-            return
-        finally:
-            self.asking = 0
+        return Ask(self, limiter, candidates, limiter.ids(self.lane), time.monotonic())
+
+    def lost(self, ask: Ask, error: BaseException) -> None:
+        """It may have arrived, and what it granted would stand there as in flight."""
+        self.asking -= len(ask.candidates)
+        granted = [Reservation(f"{ask.prefix}.{i}", 0.0, 0, False) for i in range(1, len(ask.candidates) + 1)]
+        unused = [(item, run.estimate) for item, run in zip(granted, ask.candidates, strict=True)]
+        self._caller.unused(self.model, unused)
+        self._put_back(ask.candidates)
+        self._grant, self._full = NOTHING, False
+        if self.bound != AWAY:
+            log.warning("reserve_failed", error=type(error).__name__)
+        self.bound = AWAY
+
+    def answered(self, ask: Ask, grant: Grant) -> None:
+        """Starts the calls that were let through."""
+        self.asking -= len(ask.candidates)
+        candidates = ask.candidates
+        self._grant = grant
         granted = len(grant.reservations)
         passed_over = grant.gone | grant.stopped
         self._put_back(candidates[granted + len(passed_over) :])
@@ -225,16 +313,10 @@ class Line:
             candidates = [run for place, run in enumerate(candidates) if place not in passed_over]
         for run, reservation in zip(candidates, grant.reservations, strict=False):
             # The delay counts from when it was asked for: how long the answer was on its way nobody knows.
-            self._caller.start(run, reservation, asked_at + reservation.delay_s)
+            self._caller.start(run, reservation, ask.at + reservation.delay_s)
         self._see(grant)
         if granted:
             self._caller.started(granted)
-        if grant.shut:
-            await asyncio.sleep(min(grant.ask_again_s, GATE_LOOK_S if grant.bound != "retry_after" else LOOK_S))
-        elif grant.bound in ("window", "concurrency"):
-            await self._pause(grant.ask_again_s)
-        elif grant.ask_again_s > 0:
-            await asyncio.sleep(min(grant.ask_again_s, LOOK_S))
 
     def _put_back(self, runs: Iterable[Run]) -> None:
         """Jobs that got no reservation, but for those that were given back while the limiter was asked."""
@@ -262,11 +344,12 @@ class Line:
             if grant.ask_again_s > MODEL_SHUT_S:
                 self._caller.model_shut(self.model, grant.ask_again_s)
 
-    async def _pause(self, seconds: float) -> None:
-        """Waits for a freed reservation or a new job, at most `seconds`."""
-        self.wake.clear()
+    async def _pause(self, seconds: float) -> bool:
+        """Waits for a freed reservation or a new job, at most `seconds`; whether there was one, also before."""
         try:
             async with asyncio.timeout(seconds):
                 await self.wake.wait()
         except TimeoutError:
-            return
+            return False
+        self.wake.clear()
+        return True

@@ -2,8 +2,7 @@
 -- Hands out ready jobs of a lane to one worker, the batches in turn, and leases them.
 --
 -- KEYS[1]   prefix
--- KEYS[2]   virtual time of the lane (string)
--- KEYS[3..] the lane's batches with ready work (zset), one key for each upstream label the worker serves
+-- KEYS[2..] the lane's batches with ready work (zset), one key for each upstream label the worker serves
 -- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds    ARGV[4] jobs wanted, at most
 -- ARGV[5] '1' for nothing but the first job of a new batch
 --
@@ -11,7 +10,9 @@
 -- {index, attempts so far, ...} of jobs that have some, {index, request, ...} of large requests,
 -- maximum of attempts or '', retention in seconds, jobs of the batch}. Crashes: -1 marks jobs that are to be ended as poison, not called.
 --
--- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices. The first
+-- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices. The lane's
+-- virtual time (`turn`), at which others join, goes on by as many jobs as each of its batches would have had of a claim: so those
+-- that are new, however many come, join behind one that waits once it has waited for its part. The first
 -- job of a new one comes before its turn, one in a claim: it shows what is wrong with them all.
 -- What a batch has ready is taken in this order: due retries, slices given back, then its never-claimed rest. Suspects
 -- among them go into quarantine (quarantine.lua hands these out). Of a batch whose deadline has passed nothing is taken.
@@ -108,7 +109,7 @@ end
 
 -- The first job of the batch that has waited longest of those of which none was handed out.
 local function hand_lead()
-  for i = 3, #KEYS do
+  for i = 2, #KEYS do
     local leads = string.gsub(KEYS[i], '^(.-)lane:', '%1leads:', 1)
     for _ = 1, 100 do
       local batch = redis.call('ZRANGE', leads, 0, 0)[1]
@@ -129,12 +130,22 @@ local function hand_lead()
   end
 end
 
+-- Whoever serves several lanes takes from them as from one.
+local function go_on(score, waiting)
+  for i = 2, #KEYS do
+    local turn = string.gsub(KEYS[i], '^(.-)lane:', '%1turn:', 1)
+    redis.call('SET', turn, stamp(math.max(score, tonumber(redis.call('GET', turn) or '0')) + got / waiting))
+  end
+end
+
+local waiting, began = 0, nil
+for i = 2, #KEYS do waiting = waiting + redis.call('ZCARD', KEYS[i]) end
 -- With others, if there are to be others: however many new batches come, what is older goes on.
 if ARGV[5] == '1' or wanted > 1 then hand_lead() end
 while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
   rounds = rounds + 1
   local lane, batch, score
-  for i = 3, #KEYS do
+  for i = 2, #KEYS do
     local head = redis.call('ZRANGE', KEYS[i], 0, 0, 'WITHSCORES')
     if #head > 0 and (not score or tonumber(head[2]) < score) then
       lane, batch, score = KEYS[i], head[1], tonumber(head[2])
@@ -145,13 +156,14 @@ while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
   if #indexes == 0 then
     if exhausted(batch) then redis.call('ZREM', lane, batch) end
   else
-    redis.call('SET', KEYS[2], string.format('%.0f', score))
+    began = began or score
     hand(batch, indexes, crashes)
     if slices[#slices][11] == '1' then
       redis.call('ZREM', lane, batch)  -- all that a single has is handed out: nobody need look again
     else
-      redis.call('ZADD', lane, string.format('%.0f', score + #indexes), batch)
+      redis.call('ZADD', lane, stamp(score + #indexes), batch)
     end
   end
 end
+if began then go_on(began, waiting) end
 return slices

@@ -20,7 +20,7 @@ from tests.chaos.workers import Life
 
 #: What may be there when all is over; every other key of ours is a leftover.
 _KEPT = re.compile(
-    r"schema|batches|lanes|turn:\w+|workers?|worker:.+|reaper|rounds|deaths|limits|(limit|minute|gate|flight):.+"
+    r"schema|batches|lanes|turn:\w+:\w*|answering:\w+|workers?|worker:.+|reaper|rounds|deaths|limits|(limit|minute|gate|flight):.+"
     r"|identity:[\w-]+|batch:\w+(:(requests|states|done|strays))?"
     r"|metrics|reported:\w+|tenants|tenant::batches|elsewhere|cleaned"
 )

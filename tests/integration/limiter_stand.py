@@ -53,7 +53,8 @@ class Driven:
         self._tick()
         limiter = self.limiter(who)
         prefix = limiter.ids(lane)
-        reply = self.reserve_script(self.client, *limiter.reserve_call(model, lane, prefix, estimates))
+        call = limiter.reserve_call(model, lane, prefix, estimates)
+        reply = self.reserve_script(self.client, call.keys, call.args)
         return limiter.granted(prefix, reply)
 
     def settle(self, *settlements: Settlement, told: str = "", model: str = MODEL) -> int:
@@ -80,6 +81,10 @@ class Driven:
 
     def window(self) -> float:
         return float(self.record()["window"])
+
+    def answering(self) -> None:
+        """A worker of the interactive lane lives."""
+        self.client.set(keys.answering("account"), "i")
 
     def open_window(self) -> None:
         """Concurrency shall not be what bounds."""

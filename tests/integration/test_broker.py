@@ -82,6 +82,24 @@ def test_more_rings_than_one_block(any_app: Celery) -> None:
     deep(bell, "bulk", "", 1_203)
 
 
+def test_a_ring_is_the_message_that_celery_sends(any_app: Celery) -> None:
+    """Made apart from it, because Celery takes its time; but for their ids all are alike."""
+    any_app.send_task(RING, ("b1",), queue="mimoq.bulk", ignore_result=True)
+    bell = Bell(any_app)
+    bell.ring("b1", "bulk", "", 2)
+    deep(bell, "bulk", "", 3)
+    found = []
+    with any_app.connection_for_write() as connection:
+        for _ in range(3):
+            message: Any = connection.default_channel.basic_get("mimoq.bulk", no_ack=True)
+            own = message.headers.pop("id")
+            assert own == message.headers.pop("root_id") == message.properties.pop("correlation_id")
+            message.properties.pop("delivery_tag", None)
+            found.append((own, message.body, message.content_type, message.headers, message.properties))
+    assert len({own for own, *_ in found}) == 3
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+
+
 def test_a_queue_is_named_after_its_lane(app: Celery, client: Any) -> None:
     bell = Bell(app)
     bell.ring("b1", "bulk", "", 3)

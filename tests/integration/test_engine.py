@@ -225,7 +225,7 @@ async def test_a_fault_of_ours_fails_the_job_and_is_logged(store_url: str) -> No
 
 @in_loop
 async def test_stop_gives_back_what_waits_and_lets_calls_end(store_url: str) -> None:
-    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=2) as stand:
         batch = stand.submit(10)
         await stand.engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 2, "two in flight")
@@ -450,7 +450,7 @@ async def test_an_end_that_was_just_written_is_no_lost_lease(
 
 @in_loop
 async def test_a_cancelled_batch_is_broken_off(store_url: str) -> None:
-    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=2) as stand:
         batch = stand.submit(5)
         await stand.engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 2)
@@ -482,6 +482,23 @@ async def test_the_heartbeat_renews_leases_and_reservations(store_url: str) -> N
             await until(renewed, f"{name} is renewed")
         (info,) = live_workers(client)
         assert (info.id, info.in_flight, info.held, info.stopping) == ("w1", 1, 1, False)
+
+
+@pytest.mark.parametrize("lane", ["interactive", "bulk"])
+def test_the_heartbeat_says_whether_somebody_serves_the_interactive_lane(store_url: str, lane: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with standing(store_url, FakeUpstream()) as stand:
+            client, name = stand.store.client, keys.answering(stand.engine.account)
+            await stand.engine.ring(lane)
+            client.delete(keys.worker("w1"))
+            await until(lambda: client.exists(keys.worker("w1")), "a heartbeat")
+            if lane == "bulk":
+                assert not client.exists(name)
+            else:
+                assert 0 < client.ttl(name) <= leases.LISTED_S
+
+    main()
 
 
 @in_loop

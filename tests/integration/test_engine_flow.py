@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from structlog.testing import capture_logs
@@ -106,12 +107,12 @@ def test_what_was_never_sent_gives_its_tokens_back() -> None:
 
 
 @in_loop
-async def test_the_first_window_is_16_less_what_is_kept_and_doubles(store_url: str) -> None:
+async def test_the_first_window_is_16_and_doubles(store_url: str) -> None:
     upstream = FakeUpstream(hold=True)
     async with standing(store_url, upstream, worker_max_in_flight=1000) as stand:
         stand.submit(200)
         rings = [asyncio.create_task(stand.engine.ring("bulk")) for _ in range(4)]
-        for window in (15, 30, 58):
+        for window in (16, 32, 64):
             await until(functools.partial(upstream.has, window), f"a window of {window}")
             await until(lambda: stand.engine.bounds == ["window"], "the window bounds")
             assert upstream.most_in_flight == window
@@ -132,7 +133,39 @@ async def test_max_in_flight_is_never_exceeded(store_url: str) -> None:
         stand.engine.intake.stop()
         other.engine.intake.stop()
         await asyncio.gather(*rings)
-        assert upstream.most_in_flight == 3
+        assert upstream.most_in_flight == 4
+
+
+@pytest.mark.parametrize(("cluster", "own"), [(4, 512), (512, 4)])
+def test_a_place_is_taken_again_in_the_round_trip_that_frees_it(
+    store_url: str, monkeypatch: pytest.MonkeyPatch, cluster: int, own: int
+) -> None:
+    monkeypatch.setattr(worker.line, "ASK_AGAIN_S", 60.0)  # nothing is asked for because time passes
+
+    @in_loop
+    async def main() -> None:
+        upstream = FakeUpstream(hold=True)
+        async with standing(store_url, upstream, max_in_flight=cluster, worker_max_in_flight=own) as stand:
+            batch = stand.submit(40)
+            ring = asyncio.create_task(stand.engine.ring("bulk"))
+            await until(lambda: upstream.in_flight == 4, "all places taken")
+            line = line_of(stand)
+            await until(lambda: line.wants_place, "it waits for one")
+            limiter, apart = stand.engine.limiter, AsyncMock()
+            with monkeypatch.context() as patched:
+                patched.setattr(limiter, "reserve", apart)
+                for count in (8, 12, 16):
+                    upstream.release(hold=True)
+                    again = functools.partial(lambda count: len(upstream.asked) == count, count)
+                    await until(again, "all places taken again")
+                    await until(lambda: line.wants_place, "it waits for one")
+            assert not apart.called
+            upstream.release()
+            assert (await stand.ended(batch)).succeeded == 40
+            stand.engine.intake.stop()
+            await ring
+
+    main()
 
 
 @in_loop
@@ -317,7 +350,7 @@ async def test_an_empty_store_ends_a_ring_at_once(store_url: str) -> None:
 
 @in_loop
 async def test_what_is_held_of_a_batch_that_pauses_is_given_back(store_url: str) -> None:
-    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=3) as stand:
+    async with standing(store_url, FakeUpstream(hold=True), max_in_flight=2) as stand:
         batch = stand.submit(10)
         await stand.engine.ring("bulk")
         await until(lambda: stand.upstream.in_flight == 2)

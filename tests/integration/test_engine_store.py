@@ -43,7 +43,7 @@ async def test_nothing_is_lost_while_the_store_is_away(store_url: str, tmp_path_
     wire = Wire(store_url, tmp_path_factory.mktemp("w"))
     await wire.mend()
     upstream = FakeUpstream(hold=True)
-    async with standing(wire.url, upstream, store_url=store_url, max_in_flight=4) as stand:
+    async with standing(wire.url, upstream, store_url=store_url, max_in_flight=3) as stand:
         batch = stand.submit(6)
         await stand.engine.ring("bulk")
         await until(lambda: upstream.in_flight == 3)
@@ -65,7 +65,7 @@ async def test_nothing_is_lost_while_the_store_is_away(store_url: str, tmp_path_
 @in_loop
 async def test_out_of_memory_no_call_starts_and_answers_are_stored(store_url: str) -> None:
     upstream = FakeUpstream(hold=True)
-    async with standing(store_url, upstream, max_in_flight=8) as stand:
+    async with standing(store_url, upstream, max_in_flight=7) as stand:
         batch = stand.submit(40)
         ring = asyncio.create_task(stand.engine.ring("bulk"))
         await until(lambda: upstream.in_flight == 7)

@@ -403,6 +403,19 @@ def test_new_batches_that_come_one_after_the_other_keep_no_old_one_waiting(store
     assert slices.count(old) >= 1
 
 
+def test_a_flood_of_singles_leaves_an_old_batch_its_share(store: Store, store_url: str) -> None:
+    """As many come as are served, so that there are always some which were handed less."""
+    old = begun(store, store_url, 500)
+    for _ in range(4):
+        store.submit(requests(1), NewBatch())
+    handed = []
+    for _ in range(100):
+        store.submit(requests(1), NewBatch())
+        handed += [job.batch_id for job in claim(store_url, 1)]
+    waiting = store.client.zcard(keys.lane("bulk", ""))
+    assert handed.count(old) >= len(handed) / waiting / 2
+
+
 def test_a_batch_of_one_does_not_lead(store: Store, store_url: str) -> None:
     old = begun(store, store_url)
     singles = []

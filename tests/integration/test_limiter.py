@@ -182,19 +182,22 @@ def _concurrency(url: str, data: st.DataObject, cap: int | None) -> None:
     with Driven(url, **({} if cap is None else {"max_in_flight": cap})) as driven:
         flying: dict[str, list[Reservation]] = {"bulk": [], "interactive": []}
         window = 16
+        answering = data.draw(st.booleans())
+        if answering:
+            driven.answering()
         for _ in range(data.draw(st.integers(1, 30))):
             lane = data.draw(st.sampled_from(["bulk", "bulk", "interactive"]))
             grant = driven.reserve(*[1] * data.draw(st.integers(1, 30)), lane=lane)
             flying[lane] += grant.reservations
             most = min(window, cap or 10**9)
-            kept = max(1, most // 20)
+            bulks = max(1, most - max(1, most // 20)) if answering else most
             assert all(len(items) == driven.flying(lane) for lane, items in flying.items())
             if grant.reservations and not grant.reservations[0].probe:
                 assert sum(map(len, flying.values())) <= most
-                assert lane == "interactive" or len(flying["bulk"]) <= max(1, most - kept)
+                assert lane == "interactive" or len(flying["bulk"]) <= bulks
             if grant.bound in ("window", "concurrency"):
                 full = sum(map(len, flying.values())) >= most
-                assert full or (lane == "bulk" and len(flying["bulk"]) >= max(1, most - kept))
+                assert full or (lane == "bulk" and len(flying["bulk"]) >= bulks)
             everyone = flying["bulk"] + flying["interactive"]
             done = data.draw(st.lists(st.sampled_from(everyone), unique_by=id)) if everyone else []
             what = data.draw(st.sampled_from(["clean", "clean", "refused", "failed again", "unused", "gone"]))
@@ -212,11 +215,11 @@ def test_calls_in_flight_never_exceed_window_or_cap(store_url: str) -> None:
 
 def test_reservations_of_the_dead_end_by_themselves(store_url: str) -> None:
     with Driven(store_url, max_in_flight=4) as driven:
-        assert len(driven.reserve(1, 1, 1, 1).reservations) == 3, "one is kept for interactive jobs"
+        assert len(driven.reserve(1, 1, 1, 1).reservations) == 4
         driven.now += RESERVATION_S - 0.01
         assert not driven.reserve(1).reservations
         driven.now += 0.02
-        assert len(driven.reserve(1, 1, 1, 1).reservations) == 3
+        assert len(driven.reserve(1, 1, 1, 1).reservations) == 4
 
 
 def test_settling_twice_changes_nothing(store_url: str) -> None:
@@ -312,7 +315,7 @@ def test_time_behind_a_gate_works_off_a_debt(store_url: str) -> None:
 
 def test_calls_in_flight_count_after_the_store_was_away(store_url: str) -> None:
     with Driven(store_url, max_in_flight=4) as driven:
-        held = driven.reserve(1, 1, 1)
+        held = driven.reserve(1, 1, 1, 1)
         driven.now += RESERVATION_S + 5
         assert not driven.reserve(1, who="another").reservations, "its holder could not renew"
         for name, ids in driven.limiter().flights((MODEL, item.id) for item in held.reservations).items():
@@ -337,16 +340,35 @@ def test_interactive_jobs_may_have_all_that_bulk_leaves(store_url: str) -> None:
 def test_interactive_jobs_keep_a_place_in_flight(store_url: str) -> None:
     with Driven(store_url, max_in_flight=40) as driven:
         driven.open_window()
+        driven.answering()
         assert len(driven.reserve(*[1] * 60).reservations) == 38
         assert driven.reserve(1).bound == "concurrency"
         assert len(driven.reserve(*[1] * 60, lane="interactive").reservations) == 2
     with Driven(store_url, max_in_flight=1) as driven:
+        driven.answering()
         held = driven.reserve(1, 1)
         assert len(held.reservations) == 1, "of one place nothing can be kept"
         assert not driven.reserve(1, lane="interactive").reservations
         driven.settle_all(held)
         assert driven.reserve(1).bound == "interactive", "but who waits for it goes first"
         assert driven.reserve(1, lane="interactive").reservations
+
+
+def test_no_place_is_kept_that_nobody_could_use(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=40) as driven:
+        driven.open_window()
+        held = driven.reserve(*[1] * 60).reservations
+        assert len(held) == 40
+        # A worker comes, before its heartbeat or after: it gets the next places, up to its share.
+        for place in range(2):
+            assert driven.reserve(1, lane="interactive").bound == "concurrency"
+            driven.settle_all([held.pop()])
+            assert not driven.reserve(1).reservations
+            assert driven.reserve(1, lane="interactive").reservations
+            if not place:
+                driven.answering()
+        driven.settle_all([held.pop()])
+        assert driven.reserve(1).reservations, "38 are bulk's"
 
 
 # -- anything at all
@@ -422,6 +444,7 @@ def test_the_limiter_itself(store_url: str) -> None:
         client: Any = connect_async(store_url)
         try:
             limiter = Limiter(client, Settings(rpm=60_000, max_in_flight=4), "account", "w")
+            await client.set(keys.answering("account"), "i")
             grant = await limiter.reserve(MODEL, "bulk", limiter.ids("bulk"), [5, 5, 5, 5])
             ids = [item.id for item in grant.reservations]
             assert ids == ["b.w.1.1", "b.w.1.2", "b.w.1.3"]

@@ -214,10 +214,10 @@ def middle(box: Box, sim: RunningSimulator, count: int, *args: str) -> Command:
     """A run that has written some rows and has calls in flight, whose answers are held."""
     box.prompts(count)
     sim.configure(latency=0.02)
-    run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "9", *args)
+    run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "8", *args)
     written(box, 10)
     sim.configure(hold=True)
-    sim.wait_until(lambda totals: totals.in_flight == 8)  # one of the nine places is kept for interactive jobs
+    sim.wait_until(lambda totals: totals.in_flight == 8)
     return run
 
 
@@ -251,7 +251,7 @@ def test_told_to_stop_a_run_ends_its_calls_and_goes_on_later(box: Box, sim: Runn
         if place == 1:
             run = middle(box, sim, count)
         else:
-            run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "9")
+            run = box.start("run", "in.jsonl", "--json", "--max-in-flight", "8")
             written(box, done + 10)
             sim.configure(hold=True)
             sim.wait_until(lambda totals: totals.in_flight == 8)

@@ -2,7 +2,8 @@
 --
 -- A record is a table of numbers and texts. Of an (account, model):
 --   window = calls in flight we dare; thresh = where its doubling ends (none before the first cut)
---   former, ramp, ramp_at = the window before a gate, which it doubles back to; the next step up and when the last was made
+--   former, ramp, ramp_at = the window before a gate, which it doubles back to; the next step up and when the last was made;
+--   ramped = of the next step, what answers have brought already
 --   cut_at, cut_n, cut_r, cut_w = the last cut: when, calls in flight and refusals then, whether the window was cut by it;
 --   cut_from, cut_thresh, cut_former = window, thresh and former before it
 --   repeats = cuts in a row, none of which helped; fails = failures in a row
@@ -18,6 +19,8 @@
 local FIRST_WINDOW = 16
 local FAILS = 10
 local CUTS = 3
+-- Of a round so large a share, or a single one, may be refused by chance.
+local CHANCE = 0.02
 -- Seconds to the first probe of a gate, and between probes at most.
 local PROBE_S = {
   refused = {1, 60}, outage = {1, 5}, key_refused = {0.5, 60}, forbidden = {0.5, 60}, payment_required = {0.5, 60},
@@ -43,15 +46,20 @@ local function open(rec, now, flying)
   rec.former = math.max(rec.window or FIRST_WINDOW, rec.former or 0)
   -- What is still in flight from before was let in.
   rec.window = math.min(rec.former, flying + 1)
-  rec.ramp, rec.ramp_at, rec.fails, rec.repeats = 1, now, 0, 0
+  rec.ramp, rec.ramp_at, rec.ramped, rec.fails, rec.repeats = 1, now, 0, 0, 0
 end
 
--- Refusals come back at once, answers after half a minute perhaps: a second without a refusal is as good as a clean round.
+local function ramp_ends(rec)
+  rec.former, rec.ramp, rec.ramp_at, rec.ramped = nil, nil, nil, nil
+end
+
+-- Refusals come back at once, answers after half a minute perhaps: a second without a refusal is as good as a clean round, and
+-- no more than that where rounds are as short.
 local function climb(rec, now)
   if not rec.former or now - rec.ramp_at < 1 then return end
-  rec.window = math.min(rec.former, rec.window + rec.ramp)
-  rec.ramp, rec.ramp_at = 2 * rec.ramp, now
-  if rec.window >= rec.former then rec.former, rec.ramp, rec.ramp_at = nil, nil, nil end
+  rec.window = math.min(rec.former, rec.window + math.max(0, rec.ramp - (rec.ramped or 0)))
+  rec.ramp, rec.ramp_at, rec.ramped = 2 * rec.ramp, now, 0
+  if rec.window >= rec.former then ramp_ends(rec) end
 end
 
 -- The upstream may have met us with its rate limit. What it let through in the last minute is that limit if it was as much
@@ -75,7 +83,8 @@ local function of_last_cut(rec, outcome)
 end
 
 -- One cut a round: later refusals of calls from before it only make it exact. A round of which most was refused met
--- something else than a limit of calls in flight, and leaves the window as it was.
+-- something else than a limit of calls in flight, and leaves the window as it was. What may be chance does not end the first
+-- doubling: a limit, which that meets with more of a round, would be learned from the few calls of a start.
 local function cut(rec, outcome)
   if of_last_cut(rec, outcome) then
     rec.cut_r = rec.cut_r + 1
@@ -90,10 +99,12 @@ local function cut(rec, outcome)
   local carried = rec.cut_n - rec.cut_r
   if rec.cut_r > rec.cut_n / 2 then
     rec.window, rec.thresh, rec.former = rec.cut_from, rec.cut_thresh, rec.cut_former
-    rec.ramp, rec.ramp_at = rec.former and 1, rec.former and outcome.now
+    rec.ramp, rec.ramp_at, rec.ramped = rec.former and 1, rec.former and outcome.now, rec.former and 0
   else
     rec.window = math.max(1, math.min(rec.window, carried - 1))
-    rec.thresh, rec.former, rec.ramp, rec.ramp_at = math.max(1, carried), nil, nil, nil
+    local chance = not rec.cut_thresh and rec.cut_r <= math.max(1, CHANCE * rec.cut_n)
+    rec.thresh = not chance and math.max(1, carried) or nil
+    ramp_ends(rec)
   end
 end
 
@@ -145,12 +156,13 @@ local NEXT = {
       if rec.window > 2 * (outcome.flying + 1) then return end
       if rec.window < (rec.former or rec.thresh or math.huge) then
         rec.window = rec.window + 1
-        if rec.former and rec.window >= rec.former then rec.former, rec.ramp, rec.ramp_at = nil, nil, nil end
+        if rec.former then rec.ramped = (rec.ramped or 0) + 1 end
+        if rec.former and rec.window >= rec.former then ramp_ends(rec) end
       else
         rec.window = rec.window + 0.1 / rec.window
       end
     end},
-  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use and carried half of the round; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
+  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use and carried half of the round, and, but for a single refusal or 2% of a round, the first doubling ends; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
     function(rec, outcome)
       cut(rec, outcome)
       if rec.repeats >= CUTS or (rec.cut_r >= 5 and rec.cut_r > rec.cut_n / 2) then

@@ -3,7 +3,7 @@
 --
 -- KEYS[1..5] see limits.lua    KEYS[6] models with a record (zset: '<account>:<model>' -> time of last use)
 -- KEYS[7] what keys of leases begin with (hash: batch; c<index> = calls of that job that were let through under the lease)
--- KEYS[8] what keys of batches begin with (hash: state)
+-- KEYS[8] what keys of batches begin with (hash: state)    KEYS[9] there while a worker of the account serves the interactive lane
 -- ARGV[1] requests a minute, '' for no limit     ARGV[2] tokens a minute, ''     ARGV[3] calls in flight, ''
 -- ARGV[4] share of the rates that is interactive jobs'    ARGV[5] seconds a reservation lives unless renewed
 -- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
@@ -23,7 +23,8 @@
 -- all, at most 100 ms ahead.
 --
 -- Lanes: while interactive jobs wait for a rate and their share is not used up, bulk is refused; beyond their share they are
--- refused while bulk waits. Of the concurrency at least one call and 5% are never bulk's.
+-- refused while bulk waits. Of the concurrency at least one call and 5% are never bulk's while a worker serves the interactive
+-- lane: nobody else could use them.
 
 --!include adapt.lua
 --!include limits.lua
@@ -109,6 +110,7 @@ local cap, capped = math.floor(rec.window), 'window'
 if (tonumber(ARGV[3]) or cap) < cap then cap, capped = tonumber(ARGV[3]), 'concurrency' end
 if probe == 1 then cap, capped = tonumber(ARGV[3]) or 1e9, 'concurrency' end
 local kept = math.max(1, math.floor(0.05 * cap))
+local bulk_cap = redis.call('EXISTS', KEYS[9]) == 1 and math.max(1, cap - kept) or cap
 
 -- Seconds until something leaves the log, and never so few that a call is granted ahead of it.
 local function next_leaves()
@@ -122,7 +124,7 @@ end
 
 -- What keeps a candidate of so many tokens from going, how long it has to wait for it, and whether that is a rate.
 local function hindrance(need)
-  if flying >= cap or (not interactive and bulk_flying >= math.max(1, cap - kept)) then return capped, AHEAD + 0.1 end
+  if flying >= cap or (not interactive and bulk_flying >= bulk_cap) then return capped, AHEAD + 0.1 end
   local first = goes_first(need)
   if not interactive and (rec.want_i or 0) > now then return 'interactive', AHEAD + 0.05 end
   if interactive and not first and SHARE > 0 and (rec.want_b or 0) > now then return 'share', AHEAD + 0.1 end
