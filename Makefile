@@ -6,7 +6,7 @@ TEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench bench-api bench-batches bench-limits format lock docs clean
+.PHONY: help setup demo test check chaos bench bench-store bench-api bench-batches bench-limits format lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -40,8 +40,11 @@ chaos: setup ## harm everything for MINUTES=2 by SEED=..., or KILLS=100 workers,
 	@$(BIN)/python -m tests.chaos $(if $(KILLS),--kills $(KILLS),$(if $(ROLLING),--rolling --jobs $(ROLLING),\
 		--minutes $(or $(MINUTES),2) $(if $(SEED),--seed $(SEED))))
 
-bench: setup ## a run beside a bare loop, as a ratio (about a minute)
-	@$(BIN)/python -m ops.bench.run
+bench: setup ## what calls cost, beside bare loops, the SDKs and plain Celery; WRITE=1 puts it into docs (about a quarter of an hour)
+	@$(BIN)/python -m ops.bench.calls $(if $(WRITE),--write)
+
+bench-store: setup ## bulk submits, a million queued jobs, exports, start-up; WRITE=1 puts it into docs (about ten minutes)
+	@$(BIN)/python -m ops.bench.store $(if $(WRITE),--write)
 
 bench-api: setup ## what one API process takes, adds to a call, and what waiting costs (about four minutes)
 	@$(BIN)/python -m ops.bench.api

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="makes latencies log-normal with this 99th percentile",
     )
     add("--answer-bytes", int, metavar="N", help="size of a response, roughly (1700)")
+    add("--text", metavar="FILE", help="cut answers from this text (they are made of a few phrases)")
     add("--stream-events", int, metavar="N", help="pieces of text in a streamed answer (40)")
     add("--rpm", int, metavar="N", help="calls in any minute, per key and model (no limit)")
     add("--tpm", int, metavar="N", help="tokens in any minute, per key and model (no limit)")

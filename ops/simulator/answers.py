@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from ops.simulator.asks import CHARS_PER_TOKEN, Ask, Endpoint
-from ops.simulator.config import Config
+from ops.simulator.config import Config, read_text
 
 # Bytes of a response around its texts, by endpoint.
 FRAME_BYTES = {"chat": 570, "messages": 270}
@@ -73,8 +73,8 @@ def make_answer(config: Config, ask: Ask, fault: str | None = None) -> Answer:
     """The answer to a request, degenerate if the fault says so."""
     rng = Random(f"answer {config.seed} {ask.digest}")
     size = max(60, config.answer_bytes - FRAME_BYTES[ask.endpoint]) * rng.uniform(0.8, 1.2)
-    reasoning = _text(rng, size * REASONING_SHARE)
-    content = _text(rng, size * (1 - REASONING_SHARE))
+    reasoning = _text(config, rng, size * REASONING_SHARE)
+    content = _text(config, rng, size * (1 - REASONING_SHARE))
     finish, tool_call = "stop", None
     if not ask.thinking:
         reasoning = ""
@@ -112,7 +112,11 @@ def make_answer(config: Config, ask: Ask, fault: str | None = None) -> Answer:
     )
 
 
-def _text(rng: Random, size: float) -> str:
+def _text(config: Config, rng: Random, size: float) -> str:
+    if config.text is not None:
+        whole, length = read_text(config.text), max(1, round(size))
+        start = rng.randrange(max(1, len(whole) - length))
+        return whole[start : start + length].strip()
     return "".join(rng.choices(_SENTENCES, k=max(1, round(size / _MEAN_BYTES)))).rstrip()
 
 

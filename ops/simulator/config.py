@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,7 +18,7 @@ Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 
 # Fixed when the simulator starts: the rest can change while it runs.
-AT_START_ONLY = frozenset({"host", "port", "key", "seed", "ledger", "keep_calls"})
+AT_START_ONLY = frozenset({"host", "port", "key", "seed", "ledger", "keep_calls", "text"})
 
 
 class ConfigError(ValueError):
@@ -36,6 +38,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     latency: Seconds = 0.2  # of a call; the median when latency_p99 is set
     latency_p99: Seconds | None = None  # makes latencies log-normal with this 99th percentile
     answer_bytes: Count = 1700  # of a response that is not streamed, roughly
+    text: str | None = None  # file in UTF-8 that answers are cut from, instead of being made of a few phrases
     stream_events: Count = 40  # pieces of text in a streamed answer
 
     rpm: Count | None = None  # all three per account and model
@@ -66,6 +69,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("fault rates are shares from 0 to 1, and 1 at most together")
         if "" in self.triggers:
             raise ValueError("a trigger needs a text")
+        if self.text is not None and not _readable(self.text):
+            raise ValueError("text must be a file in UTF-8 that is not empty")
 
     def __repr__(self) -> str:
         return f"<Config of the simulator on {self.host}:{self.port}>"  # the key stays out of logs and tracebacks
@@ -94,6 +99,19 @@ def _said(message: str) -> str:
     rule, _, where = message.replace("`", "").partition(" - at $")
     name = where.lstrip(".")
     return f"{name}: {rule[:1].lower()}{rule[1:]}" if name else rule
+
+
+@cache
+def read_text(path: str) -> str:
+    """What answers are cut from, read once. Raises OSError, and ValueError for what is not UTF-8."""
+    return Path(path).read_text("utf-8")
+
+
+def _readable(path: str) -> bool:
+    try:
+        return bool(read_text(path).strip())
+    except (OSError, ValueError):
+        return False
 
 
 def is_loopback(host: str) -> bool:

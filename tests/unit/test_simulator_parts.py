@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -84,6 +85,7 @@ def test_addresses(path: str, means: tuple[str, str | None] | None) -> None:
         ({"faults": {"500": -0.1}}, "shares"),
         ({"script": ["nonsense"]}, "no fault is called 'nonsense'"),
         ({"triggers": {"": "500"}}, "needs a text"),
+        ({"text": "/nonexistent/answers.txt"}, "text must be a file"),
         ({"down": "maybe"}, "down"),
         ({"unknown": 1}, "unknown"),
     ],
@@ -108,6 +110,28 @@ def test_latencies_are_seeded_with_the_median_and_tail_asked_for() -> None:
     assert 4.5 < cuts[98] < 8
     assert latency_s(config, "0", 0) == seen[0] != latency_s(config, "0", 1)
     assert latency_s(Config(latency=0.3), "0", 0) == 0.3
+
+
+def test_answers_are_cut_from_a_text_by_seed_and_request(tmp_path: Path) -> None:
+    text = " ".join(f"word{number}" for number in range(5_000))
+    path = tmp_path / "answers.txt"
+    path.write_text(text)
+
+    def answered(seed: int, prompt: str) -> tuple[str, str]:
+        config = configure({"text": str(path), "seed": seed, "answer_bytes": 1700})
+        body = f'{{"model":"m","messages":[{{"role":"user","content":"{prompt}"}}]}}'
+        answer = make_answer(config, read_ask("chat", None, body.encode()))
+        return answer.content, answer.reasoning
+
+    content, reasoning = answered(0, "a")
+    assert content in text
+    assert reasoning in text
+    assert 0.75 * 1130 < len(content) + len(reasoning) < 1.25 * 1130
+    assert answered(0, "a") == (content, reasoning)
+    assert len({answered(0, "b"), answered(1, "a"), (content, reasoning)}) == 3
+    path.with_name("empty.txt").write_text(" ")
+    with pytest.raises(ConfigError, match="not empty"):
+        configure({"text": str(path.with_name("empty.txt"))})
 
 
 def test_tool_arguments_survive_odd_schemas() -> None:
