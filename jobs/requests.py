@@ -38,6 +38,8 @@ _TOO_DEEP = f"is nested too deeply, {MAX_DEPTH} levels are allowed"
 # Control characters, line separators and surrogates: an id is one word or phrase on one line.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+# White space that JSON has; `bytes.strip` takes more.
+_SPACE: Final = b" \t\r\n"
 _BATCH_LINE: Final = frozenset({"custom_id", "method", "url", "body"})
 
 T = TypeVar("T")
@@ -119,14 +121,15 @@ def parse(line: bytes, *, endpoint: str = CHAT, model: str | None = None) -> Par
     Raises `InvalidLine`, and nothing else whatever the bytes.
     """
     parts = usual.take_apart(line)
-    custom_id, at, sent = parts if parts is not None else (None, None, line.strip())
+    custom_id, at, sent = parts if parts is not None else (None, None, line.strip(_SPACE))
     judged = usual.judge(at or endpoint, sent)
     if judged is not None and not _custom_id(custom_id):
         names = judged.model is not msgspec.UNSET
         return Parsed(Request(at or endpoint, sent if names else _with_model(sent, model), custom_id), [], [])
     taken = _take_apart(line, endpoint)
     try:
-        names, unknown = _judged(taken.endpoint, taken.sent)
+        # What was found not to be usual is not tried again.
+        names, unknown = (_by_schema if taken.sent == sent else _judged)(taken.endpoint, taken.sent)
     except InvalidLine as error:
         raise InvalidLine([*taken.problems, *error.problems], taken.custom_id) from None
     if taken.problems:
@@ -173,7 +176,7 @@ def _take_apart(line: bytes, endpoint: str) -> _Taken:
         elif "prompt" in fields:
             sent = msgspec.json.encode(_with_messages(fields, endpoint))
         else:
-            sent = line.strip() if given_id is None else msgspec.json.encode(fields)
+            sent = line.strip(_SPACE) if given_id is None else msgspec.json.encode(fields)
     except InvalidLine as error:
         raise InvalidLine([*problems, *error.problems], custom_id) from None
     return _Taken(custom_id, problems, endpoint, sent, ignored)
@@ -184,7 +187,7 @@ def parse_body(body: bytes, endpoint: str, *, model: str | None = None, custom_i
 
     Raises `InvalidLine`, and nothing else whatever the bytes.
     """
-    sent = body.strip()
+    sent = body.strip(_SPACE)
     has_model, _ = _judged(endpoint, sent)
     return Request(endpoint, sent if has_model else _with_model(sent, model), custom_id)
 
@@ -249,7 +252,7 @@ def _usual(fields: dict[str, Any], endpoint: str, model: str | None) -> Request 
             return None
         endpoint, body = url, fields["body"]
     elif "prompt" in fields:
-        if "messages" in fields:
+        if "messages" in fields or type(fields["prompt"]) is not str:
             return None
         body = {"messages": [{"role": "user", "content": fields["prompt"]}], **fields}
         del body["prompt"]
@@ -363,6 +366,11 @@ def _judged(endpoint: str, text: bytes) -> tuple[bool, list[str]]:
     """Whether a good body names a model, and its fields that are not known."""
     if (found := usual.judge(endpoint, text)) is not None:
         return found.model is not msgspec.UNSET, []
+    return _by_schema(endpoint, text)
+
+
+def _by_schema(endpoint: str, text: bytes) -> tuple[bool, list[str]]:
+    """The same of a body that is not usual."""
     body = _decode(_value, text)
     if not isinstance(body, dict):
         raise InvalidLine([Problem("body", "must be an object")])

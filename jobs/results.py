@@ -1,8 +1,8 @@
 """The stored result of a job: a Celery result of the job's id, readable by any Celery app on the same backend.
 
-The value is what Celery's Redis backend would write (JSON, optionally compressed), with the upstream's body put in as it
-came and one more member, `mimoq`, that Celery's readers pass over: custom id, endpoint, usage and the record of every
-attempt. Success: `get()` gives the body. Failure: `get()` raises `RuntimeError(code, status, message)`. Cancelled or
+The value is what Celery's Redis backend would write (JSON, optionally compressed) but for members that say nothing, with the
+upstream's body put in as it came and one more member, `mimoq`, that Celery's readers pass over: custom id, endpoint, usage
+and the record of every attempt. Success: `get()` gives the body. Failure: `get()` raises `RuntimeError(code, status, message)`. Cancelled or
 expired: it raises `TaskRevokedError`.
 """
 
@@ -93,7 +93,9 @@ _ERROR_KEYS = frozenset({"message", "type", "param", "code"})
 #: What stands between the parts of a stored value.
 _BEGIN = b'{"status":"'
 _RESULT = b'","result":'
-_REST = b',"traceback":null,"children":[],"date_done":'
+_REST = b',"date_done":'
+#: What Celery and an earlier mimoq write as well: to Celery's readers it is the same if it is missing.
+_NOTHING = b',"traceback":null,"children":[]'
 _TASK_ID = b',"task_id":"'
 _ABOUT = b'","mimoq":'
 
@@ -179,7 +181,8 @@ def split(payload: bytes) -> Parts:
         about = rest.partition(_ABOUT)[2]
     except (zlib.error, ValueError):
         raise ValueError("a result is not one of ours") from None
-    return Parts(status.decode(), value[start:end], about[:-1], date_done.decode().strip('"').replace("null", ""))
+    result = value[start:end].removesuffix(_NOTHING)
+    return Parts(status.decode(), result, about[:-1], date_done.decode().strip('"').replace("null", ""))
 
 
 def decode_result(payload: bytes) -> StoredResult:

@@ -89,8 +89,9 @@ SHAPES: Final[Mapping[str, type[ChatBody] | type[MessagesBody]]] = {CHAT: ChatBo
 _decoders = {endpoint: msgspec.json.Decoder(shape) for endpoint, shape in SHAPES.items()}
 _decode_line = msgspec.json.Decoder(_Line).decode
 _encode = msgspec.json.Encoder().encode
-# As JSON has them, and as both encoders write them; no `Decimal`, no set, nothing of a class of somebody's own.
+# As JSON has them, and as both encoders write them; no `Decimal`, nothing of a class of somebody's own.
 _PLAIN: Final = frozenset({str, int, bool, list, dict, type(None)})
+_CONTENT: Final = frozenset({str, list, tuple})
 
 
 def take_apart(line: bytes) -> tuple[str | None, str | None, bytes] | None:
@@ -120,6 +121,9 @@ def encode(endpoint: str, body: Any) -> tuple[bytes, ChatBody | MessagesBody] | 
         return None
     try:
         judged = msgspec.convert(body, SHAPES[endpoint])
+        # It takes sets for lists, which JSON has not.
+        if not all(type(message.get("content")) in _CONTENT for message in body["messages"]):
+            return None
         return _encode(body), judged
     except (ValueError, TypeError, RecursionError, KeyError):
         return None

@@ -13,11 +13,14 @@ from jobs.errors import StoreUnavailable
 from jobs.lines import answer_line
 from jobs.results import StoredResult, nameless, output_line
 from jobs.states import BatchState, JobState, job_id
-from jobs.store import READ_JOBS, Store
+from jobs.store import Store
 
 #: Seconds a follower waits for a message before it looks by itself.
 LOOK_S = 1.0
-#: Results that are read in one round trip where all that are there are wanted.
+#: Results that are read in one round trip: the first ones, and later as many as have about these bytes by the size of the
+#: last, up to that many.
+FIRST_JOBS = 50
+BLOCK_BYTES = 4 << 20
 MANY_JOBS = 500
 
 T = TypeVar("T")
@@ -55,22 +58,23 @@ class Follower:
         self.batch_id = batch_id
         self.slice_size = store.status(batch_id).slice_size
         self._position = 0
+        self._many = FIRST_JOBS
         self._seen = seen if seen is not None else bytearray()
 
-    def ready(self, limit: int = READ_JOBS) -> list[Ended] | None:
+    def ready(self, most: int = MANY_JOBS) -> list[Ended] | None:
         """The next ends that have come, perhaps none of them new; None when there is nothing more at present."""
-        came = self._came(limit)
+        came = self._came(most)
         if came is None:
             return None
         ended, position = came
         rows = self._rows(ended)
         # Only now, so that a store that went away in between is asked for the same again.
-        self._take(ended, position)
+        self._take(ended, position, sum(len(row.stored.result) for row in rows if row.stored is not None))
         return rows
 
-    def _came(self, limit: int) -> tuple[list[End], int] | None:
+    def _came(self, most: int) -> tuple[list[End], int] | None:
         """The next ends, and the position behind them."""
-        indexes = self._store.done(self.batch_id, self._position, limit)
+        indexes = self._store.done(self.batch_id, self._position, min(most, self._many))
         if not indexes:
             return None
         # A job that ended, was queued again and ended again stands there twice, perhaps in one block.
@@ -83,7 +87,10 @@ class Follower:
         ended = [(index, state) for index, state in zip(fresh, states, strict=True) if state is not None]
         return ended, self._position + len(indexes)
 
-    def _take(self, ended: list[End], position: int) -> None:
+    def _take(self, ended: list[End], position: int, size: int) -> None:
+        """Goes on behind these, whose results have `size` bytes."""
+        if ended:
+            self._many = max(1, min(MANY_JOBS, BLOCK_BYTES * len(ended) // max(size, 1)))
         self._position = position
         mark(self._seen, *[index for index, _ in ended])
 
@@ -102,7 +109,7 @@ class Follower:
 
     def all_ready(self) -> Iterator[Ended]:
         """Every end that has come by now."""
-        while (rows := self.ready(MANY_JOBS)) is not None:
+        while (rows := self.ready()) is not None:
             yield from rows
 
     def lines(self) -> Iterator[bytes]:
@@ -115,8 +122,9 @@ class Follower:
                 for (index, _), result in zip(ended, packed, strict=True)
             ]
             others = iter(self._rows([end for end, line in zip(ended, lines, strict=True) if line is None]))
-            self._take(ended, position)
-            yield b"".join([next(others).line() if line is None else line for line in lines])
+            block = b"".join([next(others).line() if line is None else line for line in lines])
+            self._take(ended, position, len(block))
+            yield block
 
     def followed(self, what: Callable[[], Iterator[T]]) -> Iterator[T]:
         """What this gives of the ends that have come by now, again and again until the batch is finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ BODIES = {
     "unicode": '{"text":"h\u00e9llo \u4f60\u597d \U0001f600 \u2028"}'.encode(),
     "escapes": b'{"text":"\\u0000 \\ud83d\\ude00 \\n \\"x\\"", "spaced" : [ 1 ]}',
     "misleading": b'{"traceback":null,"children":[],"date_done":"2020-01-01","task_id":"x","mimoq":{}}',
+    "ends alike": b'[{"a":1,"traceback":null,"children":[],"date_done":"x","task_id":"y","mimoq":{}}]',
     "large": b'{"text":"%s"}' % (b"0123456789abcdef" * 320_000),
 }
 
@@ -71,8 +73,13 @@ outside_ones = on("redis", "postgresql", "file")
 first_class = on("redis", "postgresql")
 
 
-def success(job_id: str, body: bytes = BODIES["short"], attempts: list[Attempt] = ATTEMPTS) -> bytes:
-    return success_payload(job_id, body, About("c", CHAT, USAGE, attempts, 200, "r", model="m"), compress=False)
+def success(job_id: str, body: bytes = BODIES["short"], attempts: list[Attempt] | None = None) -> bytes:
+    """Of a call that has just ended, the only one, where no attempts are given: the form that nearly all answers have."""
+    call = Attempt(round(time.time() - 0.25, 3), 0.25, "succeeded", "a", 200, "r", usage=USAGE)
+    about = About("c", CHAT, USAGE, [call] if attempts is None else attempts, 200, "r", model="m")
+    payload = success_payload(job_id, body, about, compress=False)
+    assert (b'"attempts"' in payload) is (attempts is not None)
+    return payload
 
 
 def failure(job_id: str, message: str = "n\u00f6") -> bytes:

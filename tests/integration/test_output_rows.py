@@ -19,6 +19,7 @@ from jobs.requests import CHAT, Request
 from jobs.scripts import Script
 from jobs.states import BatchState, job_id
 from jobs.store import READ_JOBS, NewBatch, Store
+from producers import follow
 from producers.follow import Follower
 from tests.integration.api_stand import core_standing
 from tests.integration.engine_stand import in_loop
@@ -113,6 +114,29 @@ def test_lines_made_in_the_quick_way_are_those_made_in_the_slow_one(store: Store
     assert b"".join(Follower(store, batch.id).lines()) == b"".join(slowly)
     assert openai_block(store, store.status(batch.id), rows(store, batch.id, "all")) == b"".join(slowly)
     assert [json.loads(line)["custom_id"] for line in slowly] == [f"c{n}" for n in (0, 1, 2, 3, 4, 5, 6, 7, 8)]
+
+
+@pytest.mark.parametrize(("block_bytes", "asked"), [(1, [2, 1, 1]), (1 << 20, [2, 500])])
+def test_of_large_answers_fewer_are_read_at_once(
+    store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch, block_bytes: int, asked: list[int]
+) -> None:
+    batch = Batch(store, store_url, 4)
+    batch.claim()
+    batch.end("s", 0, 1, 2, 3)
+    monkeypatch.setattr(follow, "FIRST_JOBS", 2)
+    monkeypatch.setattr(follow, "BLOCK_BYTES", block_bytes)
+    limits: list[int] = []
+
+    def done(batch_id: str, start: int, limit: int) -> list[int]:
+        limits.append(limit)
+        return Store.done(store, batch_id, start, limit)
+
+    monkeypatch.setattr(store, "done", done)
+    assert b"".join(Follower(store, batch.id).lines()).count(b"\n") == 4
+    assert len(list(Follower(store, batch.id).all_ready())) == 4
+    half = len(limits) // 2
+    assert limits[:half] == limits[half:]
+    assert limits[: len(asked)] == asked
 
 
 def test_what_lines_say(store: Store, store_url: str) -> None:

@@ -139,7 +139,8 @@ def test_a_dead_workers_answer_is_not_bought_again(place: Place, backend: Result
             batch = stand.submit(2)
             client = connect_async(store_url)
             dead = await leases.claim(client, "dead", "bulk", [""], 2, lease_s=0.01)
-            backend.write([(dead[0].job_id, success(dead[0].job_id))])
+            answer = success(dead[0].job_id)
+            backend.write([(dead[0].job_id, answer)])
             # As reserve.lua notes a call that is let through: the reaper counts it, and the answer tells what it cost.
             await client.hset(keys.lease(dead[0].token), f"c{dead[0].index}", 1)
             taken = 0
@@ -151,7 +152,7 @@ def test_a_dead_workers_answer_is_not_bought_again(place: Place, backend: Result
             assert (status.succeeded, status.attempts, len(stand.upstream.asked)) == (2, 2, 1)
             abouts = [one(backend, f"{batch}-{index}").mimoq for index in range(2)]
             assert status.usage == sum((about.usage for about in abouts if about is not None), NO_USAGE)
-            assert one(backend, dead[0].job_id).mimoq == decode_result(success(dead[0].job_id)).mimoq
+            assert one(backend, dead[0].job_id).mimoq == decode_result(answer).mimoq
 
     main()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from typing import Any
 
@@ -31,8 +32,10 @@ BODIES = st.dictionaries(TEXT, TEXT | st.integers() | st.none(), max_size=3)
 USAGE = Usage(3, 4, 0, 0, 7)
 
 
-def about(custom_id: str | None, request_id: str | None, status: int | None, **more: Any) -> About:
-    call = Attempt(1_700_000_000.25, 0.5, "succeeded", "account", status, request_id, usage=USAGE)
+def about(custom_id: str | None, request_id: str | None, status: int | None, new: bool = False, **more: Any) -> About:
+    """With one call: of old, or one that has just ended, of which less is stored if its status is 200."""
+    began_at = round(time.time() - 0.5, 3) if new else 1_700_000_000.25
+    call = Attempt(began_at, 0.5, "succeeded", "account", status, request_id, usage=USAGE)
     return About(custom_id, more.pop("endpoint", CHAT), USAGE, [call], status, request_id, **more)
 
 
@@ -46,6 +49,7 @@ def about(custom_id: str | None, request_id: str | None, status: int | None, **m
     st.booleans(),
     st.sampled_from([None, 1]),
     st.booleans(),
+    st.booleans(),
 )
 def test_the_line_of_an_answer_is_the_same(
     body: dict[str, Any],
@@ -56,9 +60,11 @@ def test_the_line_of_an_answer_is_the_same(
     compress: bool,
     indent: int | None,
     ascii_only: bool,
+    new: bool,
 ) -> None:
     raw = json.dumps(body, indent=indent, ensure_ascii=ascii_only).encode()
-    packed = success_payload(JOB, raw, about(custom_id, request_id, status, endpoint=endpoint), compress)
+    packed = success_payload(JOB, raw, about(custom_id, request_id, status, new, endpoint=endpoint), compress)
+    assert (b'"attempts"' in unpack(packed)) is not (new and status == 200)
     assert answer_line(JOB, packed) == output_line(JOB, custom_id, decode_result(packed))
 
 

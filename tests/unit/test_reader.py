@@ -241,7 +241,7 @@ def test_the_digest_is_of_the_content() -> None:
 
 
 WORDS = b'"messages" "body" "url" "method" "custom_id" "role" "x" NaN - 1e999 0 null'.split()
-MARKS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\ud800", b"\\", b"\n", b"\r", b"\0", b"\xff", BOM]
+MARKS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\ud800", b"\\", b"\n", b"\r", b"\0", b"\xff", b"\f", b"\v", BOM]
 PIECES = st.sampled_from([b'{"prompt":', GOOD, *WORDS, *MARKS]) | st.binary(max_size=4)
 
 
@@ -269,7 +269,18 @@ def test_both_passes_agree(content: bytes) -> None:
 
 
 LINES = st.lists(
-    st.sampled_from([GOOD, b"", b" " + GOOD, identified("a"), identified("b"), b'{"prompt":1,"custom_id":"c"}'])
+    st.sampled_from(
+        [
+            GOOD,
+            b"",
+            b" " + GOOD,
+            GOOD + b"\f",
+            b"\v" + GOOD,
+            identified("a"),
+            identified("b"),
+            b'{"prompt":1,"custom_id":"c"}',
+        ]
+    )
 )
 
 

@@ -174,6 +174,9 @@ class Most(enum.IntEnum):
         {"messages": [{"role": Role.USER, "content": Word("x")}]},
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"messages": [{"role": "user", "content": b"x"}]},
+        {"messages": [{"role": "user", "content": set()}]},
+        {"messages": [{"role": "user", "content": frozenset()}]},
+        {"messages": [{"role": "user", "content": ({"type": "text", "text": "x"},)}]},
         {"messages": [USER], "stop": {"a"}},
         {"messages": [USER], "stop": ("a", "b")},
         {"messages": [USER], "temperature": Decimal("0.5")},
@@ -189,6 +192,8 @@ class Most(enum.IntEnum):
         {"prompt": Word("x")},
         {"prompt": "x", "messages": [USER]},
         {"prompt": ["x"]},
+        {"prompt": []},
+        {"prompt": [{"type": "text", "text": "x"}]},
         {"prompt": "x", "custom_id": "a", "top_p": 1},
     ],
 )
