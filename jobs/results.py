@@ -2,8 +2,8 @@
 
 The value is what Celery's Redis backend would write (JSON, optionally compressed) but for members that say nothing, with the
 upstream's body put in as it came and one more member, `mimoq`, that Celery's readers pass over: custom id, endpoint, usage
-and the record of every attempt. Success: `get()` gives the body. Failure: `get()` raises `RuntimeError(code, status, message)`. Cancelled or
-expired: it raises `TaskRevokedError`.
+and the record of every attempt. Success: `get()` gives the body. Failure: `get()` raises `RuntimeError(code, status,
+message)`. Cancelled or expired: it raises `TaskRevokedError`.
 """
 
 from __future__ import annotations
