@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -89,6 +90,7 @@ class Engine:
         self.renewed_at = time.monotonic()
         self.holding = Holding(self._write_back)
         self.flying: dict[str, tuple[Run, asyncio.Task[None]]] = {}  # by reservation
+        self._held: Counter[tuple[str, str]] = Counter()  # the same by model and lane
         self.serves_interactive = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._drain: asyncio.Timeout | None = None
@@ -147,6 +149,10 @@ class Engine:
     def estimate(self, run: Run) -> int:
         """Tokens to reserve for a call of the job."""
         return self.estimates.of(run)
+
+    def held(self, model: str, lane: str) -> int:
+        """Calls of this model and lane that are in flight."""
+        return self._held[model, lane]
 
     def started(self, count: int) -> None:
         """Calls were started, so there is room for others."""
@@ -230,9 +236,11 @@ class Engine:
         run.flying = True
         task = asyncio.get_running_loop().create_task(self._call(run, reservation, due))
         self.flying[reservation.id] = (run, task)
+        self._held[run.model, run.job.lane] += 1
         task.add_done_callback(partial(self._landed, run, reservation))
 
     def _landed(self, run: Run, reservation: Reservation, _: asyncio.Task[None]) -> None:
+        self._held[run.model, run.job.lane] -= 1
         if reservation.id in self.flying:  # cancelled before its first step
             del self.flying[reservation.id]
             run.flying = False

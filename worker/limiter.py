@@ -94,17 +94,18 @@ class Limiter:
         return f"{counted_as(lane)[0]}.{self._worker_id}.{self._calls}"
 
     async def reserve(
-        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
+        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = (), held: int = 0
     ) -> Grant:
         """Asks for one call per token estimate, all at once, with a new `prefix` of `ids`.
 
-        The leases of `jobs`, one an estimate, remember the calls that are let through.
+        The leases of `jobs`, one an estimate, remember the calls that are let through. `held` are the calls of this model
+        and lane that are in flight here.
         """
-        call = self.reserve_call(model, lane, prefix, estimates, jobs)
+        call = self.reserve_call(model, lane, prefix, estimates, jobs, held)
         return self.granted(prefix, await RESERVE(self._client, call.keys, call.args))
 
     def reserve_call(
-        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = ()
+        self, model: str, lane: str, prefix: str, estimates: Sequence[int], jobs: Sequence[Job] = (), held: int = 0
     ) -> Call:
         """What `reserve` asks, to be asked with other calls; `granted` reads the reply."""
         who = f"{self._worker_id}:{lane}" + (":bulk" if lane == COMPLETE else "")
@@ -112,7 +113,7 @@ class Limiter:
         if jobs:
             candidates = [f"{n} {job.token} {job.index}" for n, job in zip(estimates, jobs, strict=True)]
         names = [*self.keys(model), keys.LIMITS, keys.lease(""), keys.batch(""), keys.answering(self.account)]
-        return Call(RESERVE, names, [*self._args, prefix, who, f"{self.account}:{model}", *candidates])
+        return Call(RESERVE, names, [*self._args, prefix, who, held, f"{self.account}:{model}", *candidates])
 
     @staticmethod
     def granted(prefix: str, reply: list[Any]) -> Grant:

@@ -60,6 +60,9 @@ class Caller(Protocol):
     def start(self, run: Run, reservation: Reservation, due: float) -> None:
         """Makes a call, due at this monotonic time."""
 
+    def held(self, model: str, lane: str) -> int:
+        """Calls of this model and lane that are in flight."""
+
     def started(self, count: int) -> None:
         """So many calls have been started."""
 
@@ -184,10 +187,10 @@ class Ask:
     at: float
 
     @property
-    def what(self) -> tuple[str, str, str, list[int], list[Job]]:
+    def what(self) -> tuple[str, str, str, list[int], list[Job], int]:
         """What `Limiter.reserve` is asked."""
         estimates, jobs = [run.estimate for run in self.candidates], [run.job for run in self.candidates]
-        return self.line.model, self.line.lane, self.prefix, estimates, jobs
+        return self.line.model, self.line.lane, self.prefix, estimates, jobs, self.line.held
 
     @property
     def call(self) -> Call:
@@ -229,6 +232,11 @@ class Line:
         return len(self.ahead) + len(self.waiting)
 
     @property
+    def held(self) -> int:
+        """Its calls in flight."""
+        return self._caller.held(self.model, self.lane)
+
+    @property
     def wants_place(self) -> bool:
         """Whether it waits for a place in flight, and asks as soon as some are settled here."""
         grant = self._grant
@@ -248,7 +256,8 @@ class Line:
                     self._caller.look(self.lane)
                 continue
             if not self.jobs:
-                if not await self._pause(IDLE_S) and not self.jobs and not self.asking:
+                # What is asked for may come back without a place, and wait as any other.
+                if not await self._pause(ASK_AGAIN_S if self.asking else IDLE_S) and not self.jobs and not self.asking:
                     self._lines.drop(self.model, self.lane)
                     return
                 continue

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import structlog
 from redis.exceptions import RedisError
 
 from jobs.scripts import Call, call_all
@@ -23,6 +24,8 @@ from worker.limiter import SETTLE, Limiter, Settlement
 COLLECT_LEAST_S = 0.002
 COLLECT_MOST_S = 0.01
 RETRY_S = 0.25
+
+log = structlog.get_logger("worker.places")
 
 
 class Ask(Protocol):
@@ -107,6 +110,8 @@ class Places:
             asks = self._asks({model: len(items) for model, items in settlements.items()})
             while not await self._write(settlements, asks):
                 # It may be what was asked that Redis refuses: out of memory it still settles.
+                if not asks and not self.away:
+                    log.warning("settlements_wait", settlements=sum(map(len, settlements.values())))
                 self.away = not asks
                 if self.away:
                     await asyncio.sleep(RETRY_S)

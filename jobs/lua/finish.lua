@@ -12,7 +12,7 @@
 -- had ended otherwise: counted, not stored), 'fenced' (not the holder of the lease; not stored).
 --
 -- What was asked of a block of jobs that have all succeeded is not needed any more, since their results tell their custom ids: it
--- goes. Where some were answered before the batch was made, and have no result here, it stays.
+-- goes. Where some were answered before the batch was made, and have no result anywhere, it stays.
 --
 -- A success is taken from anyone while the job is not terminal; all else needs the current token. What the calls cost is
 -- counted in every case, once.
@@ -43,7 +43,7 @@ local touched = {}
 
 local function drop_requests()
   local r = redis.call('HMGET', b, 'size', 'total', 'answered')
-  if stored > 0 and r[3] ~= '0' then return end
+  if r[3] ~= '0' then return end
   local size, total = tonumber(r[1]), tonumber(r[2])
   local seen = {}
   for _, index in ipairs(touched) do

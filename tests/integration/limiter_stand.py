@@ -53,7 +53,7 @@ class Driven:
         self._tick()
         limiter = self.limiter(who)
         prefix = limiter.ids(lane)
-        call = limiter.reserve_call(model, lane, prefix, estimates)
+        call = limiter.reserve_call(model, lane, prefix, estimates, held=self.held(who, lane, model))
         reply = self.reserve_script(self.client, call.keys, call.args)
         return limiter.granted(prefix, reply)
 
@@ -67,6 +67,11 @@ class Driven:
     ) -> int:
         reservations = grant.reservations if isinstance(grant, Grant) else grant
         return self.settle(*(Settlement(item, what, tokens, after, 429) for item in reservations))
+
+    def held(self, who: str, lane: str = "bulk", model: str = MODEL) -> int:
+        """What one worker has in flight."""
+        ids = self.client.zrange(keys.flight(lane, "account", model), 0, -1)
+        return sum(id.startswith(f"{lane[0]}.{who}.".encode()) for id in ids)
 
     def flying(self, lane: str = "bulk") -> int:
         return int(self.client.zcard(keys.flight(lane, "account", MODEL)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,36 @@ def test_an_unpublished_limit_of_calls_in_flight_is_learned(store_url: str, limi
             went, refused = went + more, refused + lost
         assert went / 300 >= 0.9 * limit if limit > 10 else went / 300 >= limit - 2
         assert refused / went < 0.01 if limit > 10 else refused < 40
+
+
+@pytest.mark.parametrize("latencies", [(1.0, 3.0), (2.0, 9.0)])
+def test_such_a_limit_is_learned_too_where_calls_end_one_by_one_and_refusals_come_at_once(
+    store_url: str, latencies: tuple[float, float]
+) -> None:
+    """The window, one wider with each answer, meets the limit with a single call, time and again."""
+    limit, rng = 37, random.Random(7)
+    served: list[int] = []
+    shut = 0
+    with Driven(store_url) as driven:
+        calls: list[tuple[float, str, Reservation]] = []
+        began = driven.now
+        while driven.now < began + 160:
+            over = [call for call in calls if call[0] <= driven.now]
+            calls = [call for call in calls if call[0] > driven.now]
+            for what in ("clean", "refused"):
+                if ended := [item for _, came, item in over if came == what]:
+                    driven.settle_all(ended, what)
+            flying = sum(came == "clean" for _, came, _ in calls)
+            for item in driven.reserve(*[1] * 100).reservations:
+                flying += (good := flying < limit)
+                ends = driven.now + (rng.uniform(*latencies) if good else 0.004)
+                calls.append((ends, "clean" if good else "refused", item))
+            if driven.now > began + 80:
+                served.append(flying)
+                shut += "gate_reason" in driven.record()
+            driven.now += min(min((end for end, _, _ in calls), default=9e9) - driven.now, 0.1) + 1e-6
+        assert sum(served) / len(served) >= 0.95 * limit
+        assert not shut
 
 
 # -- gates

@@ -444,3 +444,23 @@ async def test_the_lanes_share_a_worker_that_serves_both(store_url: str) -> None
         upstream.release()
         stand.engine.intake.stop()
         await ring
+
+
+def test_calls_in_flight_are_counted_by_model_and_lane(store_url: str) -> None:
+    """The limiter shares places by it."""
+
+    @in_loop
+    async def main() -> None:
+        upstream = FakeUpstream(hold=True)
+        async with standing(store_url, upstream) as stand:
+            batch = stand.submit(3)
+            await stand.engine.ring("bulk")
+            await until(lambda: upstream.has(3), "three calls")
+            line = line_of(stand)
+            assert line.held == stand.engine.held(line.model, "bulk") == 3
+            assert stand.engine.held(line.model, "interactive") == 0
+            upstream.release()
+            await stand.ended(batch)
+            await until(lambda: line.held == 0, "none is left")
+
+    main()

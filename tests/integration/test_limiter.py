@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -181,6 +182,7 @@ def test_the_place_of_one_that_saved_up_and_died_is_free_soon(store_url: str) ->
 def _concurrency(url: str, data: st.DataObject, cap: int | None) -> None:
     with Driven(url, **({} if cap is None else {"max_in_flight": cap})) as driven:
         flying: dict[str, list[Reservation]] = {"bulk": [], "interactive": []}
+        refused: set[str] = set()
         window = 16
         answering = data.draw(st.booleans())
         if answering:
@@ -196,8 +198,12 @@ def _concurrency(url: str, data: st.DataObject, cap: int | None) -> None:
                 assert sum(map(len, flying.values())) <= most
                 assert lane == "interactive" or len(flying["bulk"]) <= bulks
             if grant.bound in ("window", "concurrency"):
-                full = sum(map(len, flying.values())) >= most
-                assert full or (lane == "bulk" and len(flying["bulk"]) >= bulks)
+                left_free = len(refused - {lane})  # for the other one, who waits
+                full = sum(map(len, flying.values())) >= most - left_free
+                assert full or (lane == "bulk" and len(flying["bulk"]) >= bulks - left_free)
+                refused.add(lane)
+            else:
+                refused.discard(lane)
             everyone = flying["bulk"] + flying["interactive"]
             done = data.draw(st.lists(st.sampled_from(everyone), unique_by=id)) if everyone else []
             what = data.draw(st.sampled_from(["clean", "clean", "refused", "failed again", "unused", "gone"]))
@@ -369,6 +375,69 @@ def test_no_place_is_kept_that_nobody_could_use(store_url: str) -> None:
                 driven.answering()
         driven.settle_all([held.pop()])
         assert driven.reserve(1).reservations, "38 are bulk's"
+
+
+class Worker:
+    """One that asks for twice as many places as calls end, in the same step, and ten times a second besides."""
+
+    def __init__(self, driven: Driven, who: str, rng: random.Random) -> None:
+        self.driven, self.who, self.rng = driven, who, rng
+        self.calls: list[tuple[float, Reservation]] = []
+        self.looks_at = 0.0
+        self.done = 0
+
+    def step(self) -> None:
+        ended = [item for end, item in self.calls if end <= self.driven.now]
+        if not ended and self.driven.now < self.looks_at:
+            return
+        self.calls = [(end, item) for end, item in self.calls if end > self.driven.now]
+        self.driven.settle_all(ended)
+        self.done += len(ended)
+        grant = self.driven.reserve(*[1] * max(2 * len(ended), 10), who=self.who)
+        self.calls += [(self.driven.now + self.rng.uniform(0.2, 1.0), item) for item in grant.reservations]
+        self.looks_at = self.driven.now + 0.1
+
+
+def test_who_joins_while_others_have_all_places_gets_its_part(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=40) as driven:
+        driven.open_window()
+        rng = random.Random(7)
+        first, second, third = (Worker(driven, who, rng) for who in "abc")
+
+        def work(seconds: float, *workers: Worker) -> list[int]:
+            flying, end = [], driven.now + seconds
+            while driven.now < end:
+                for worker in workers:
+                    worker.step()
+                driven.now += 0.005
+                flying.append(driven.flying())
+            return flying
+
+        work(2, first)
+        assert len(first.calls) == 40
+        work(10, first, second)
+        assert abs(len(first.calls) - len(second.calls)) <= 6
+        work(10, first, second, third)
+        assert all(10 <= len(worker.calls) <= 17 for worker in (first, second, third))
+        flying = work(5, first, second, third)
+        assert sum(flying) / len(flying) >= 39.5, "and hardly a place is left free for it"
+        # The third has no more jobs; what it waited for is no one's.
+        third.calls = [(driven.now, item) for _, item in third.calls]
+        driven.settle_all([item for _, item in third.calls])
+        flying = work(5, first, second)[200:]
+        assert sum(flying) / len(flying) >= 39.5
+
+
+def test_of_a_single_place_nobody_is_kept_out_for_long(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=1) as driven:
+        rng = random.Random(7)
+        first, second = Worker(driven, "a", rng), Worker(driven, "b", rng)
+        for _ in range(6_000):
+            first.step()
+            second.step()
+            driven.now += 0.005
+        assert min(first.done, second.done) >= 0.3 * (first.done + second.done)
+        assert first.done + second.done >= 0.9 * 30 / 0.6
 
 
 # -- anything at all

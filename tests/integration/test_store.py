@@ -41,11 +41,11 @@ def claim(url: str, wanted: int, lane: str = "bulk", labels: tuple[str, ...] = (
     return found
 
 
-def finish(url: str, jobs: list[Job], letter: str = "s") -> list[str]:
+def finish(url: str, jobs: list[Job], letter: str = "s", elsewhere: bool = False) -> list[str]:
     async def work(client: Any) -> list[str]:
         words = []
         for job in jobs:
-            words += await leases.finish(client, job.batch_id, [ending(job, letter)])
+            words += await leases.finish(client, job.batch_id, [ending(job, letter)], stored_elsewhere=elsewhere)
         return words
 
     words: list[str] = run(work, url)
@@ -262,9 +262,10 @@ def test_jobs_keep_their_names_when_their_requests_have_gone(store: Store, store
     assert [(seen.custom_id, seen.endpoint) for seen in looks if seen is not None] == [(name, CHAT) for name in names]
 
 
-def test_rows_answered_before_keep_their_requests(store: Store, store_url: str) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_rows_answered_before_keep_their_requests(store: Store, store_url: str, elsewhere: bool) -> None:
     batch_id, *_ = store.submit(requests(4), NewBatch(slice_size=2, answered=b"s"))
-    finish(store_url, claim(store_url, 4))
+    finish(store_url, claim(store_url, 4), elsewhere=elsewhere)
     assert store.status(batch_id).state is BatchState.FINISHED
     assert sorted(store.client.hkeys(keys.requests(batch_id))) == [b"0", b"1"]
     (seen,) = look(store.client, store.backend, [Wanted("", batch_id, 0)])

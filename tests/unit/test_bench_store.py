@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from itertools import islice
 
@@ -12,9 +13,10 @@ from ops.bench.limits.report import Row
 from ops.bench.limits.stand import Broken
 from ops.bench.store import feed, report
 from ops.bench.store.bench import Spent, scaled
-from ops.bench.store.command import run
+from ops.bench.store.command import Peak, run
 from ops.bench.store.million import Window, beside, together
 from ops.bench.store.submitting import bytes_row
+from tests.waiting import wait_for
 
 
 def spent(cpu_s: float, seconds: float = 10.0) -> Spent:
@@ -65,12 +67,19 @@ def test_every_submit_gets_the_same_requests_with_ids_of_ten_characters() -> Non
 
 def test_the_peak_of_a_program_is_its_own_and_found_though_it_is_over() -> None:
     held = bytearray(150_000_000)  # a child does not inherit this process's peak
-    # Its memory is looked at every 10 ms, and what it had before such a look is told by it.
-    program = "import time; held = b'x' * 60_000_000; del held; time.sleep(0.2); print('done')"
-    ran = run([sys.executable, "-c", program], {})
+    program = "held = b'x' * 60_000_000; del held; print('done', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"done\n"
+        with Peak(child.pid) as peak:
+            wait_for(lambda: peak.most_mb > 60, what="a peak that is past")
+        child.communicate(b"\n")
     assert len(held) == 150_000_000
-    assert ran.out == "done"
-    assert 60 < ran.peak_mb < 140
+    assert peak.most_mb < 140
+
+
+def test_what_a_program_says_and_why_it_failed() -> None:
+    assert run([sys.executable, "-c", "print('done')"], {}).out == "done"
     with pytest.raises(Broken, match="ended with 3: no such thing"):
         run([sys.executable, "-c", "import sys; sys.stderr.write('no such thing'); sys.exit(3)"], {})
 

@@ -84,7 +84,8 @@ end
 
 -- One cut a round: later refusals of calls from before it only make it exact. A round of which most was refused met
 -- something else than a limit of calls in flight, and leaves the window as it was. What may be chance does not end the first
--- doubling: a limit, which that meets with more of a round, would be learned from the few calls of a start.
+-- doubling, or a limit would be learned from the few calls of a start. A limit is met with more of a round, or, where answers come
+-- one by one, again before any call from after the cut has come back well: that is no chance.
 local function cut(rec, outcome)
   if of_last_cut(rec, outcome) then
     rec.cut_r = rec.cut_r + 1
@@ -102,7 +103,7 @@ local function cut(rec, outcome)
     rec.ramp, rec.ramp_at, rec.ramped = rec.former and 1, rec.former and outcome.now, rec.former and 0
   else
     rec.window = math.max(1, math.min(rec.window, carried - 1))
-    local chance = not rec.cut_thresh and rec.cut_r <= math.max(1, CHANCE * rec.cut_n)
+    local chance = not rec.cut_thresh and rec.repeats <= 1 and rec.cut_r <= math.max(1, CHANCE * rec.cut_n)
     rec.thresh = not chance and math.max(1, carried) or nil
     ramp_ends(rec)
   end
@@ -162,7 +163,7 @@ local NEXT = {
         rec.window = rec.window + 0.1 / rec.window
       end
     end},
-  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use and carried half of the round, and, but for a single refusal or 2% of a round, the first doubling ends; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
+  {'refused', 'open', 'window = what the round carried without refusal, less one, if it was in use and carried half of the round, and, but for a single refusal or 2% of a round that is not the second in a row, the first doubling ends; the third cut in a row that does not help, or 5 refusals and more than half of the round, shut the gate (refused) and may teach the rate',
     function(rec, outcome)
       cut(rec, outcome)
       if rec.repeats >= CUTS or (rec.cut_r >= 5 and rec.cut_r > rec.cut_n / 2) then

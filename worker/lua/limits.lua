@@ -2,7 +2,8 @@
 --
 -- KEYS[1] limit record of the (account, model): what adapt.lua names, and at = time of the last call; requests, tokens =
 --         levels of the buckets, filled = when; again = what looked lost after a gap was given time until then; share = what is left of the interactive share; sum_r, sum_t, first, last = sums and ends
---         of the log; want_i, want_by, want_b = until when interactive, bulk demand waits, and whose; big, big_by,
+--         of the log; want_i, want_by, want_b = until when interactive, bulk demand waits, and whose; want_c, want_c_by, want_c_n,
+--         want_c_since = until when somebody waits for a place in flight, who, how many it has, and since when; big, big_by,
 --         big_since, big_until = a request larger than the burst that saves up; told_rpm, told_tpm, told_at, hold_until = what
 --         x-ratelimit-* headers said
 -- KEYS[2] reservations of bulk jobs, KEYS[3] of interactive ones (zset: id -> time at which it counts as lost)
@@ -84,7 +85,7 @@ local function set_back(rec, account, now, lost_s)
   rec.at = now
   forget(rec)
   note(rec, now, requests, tokens)
-  for _, name in ipairs({'want_i', 'want_b', 'big_since', 'big_until', 'hold_until', 'ramp_at', 'cut_at', 'gate_since',
+  for _, name in ipairs({'want_i', 'want_b', 'want_c', 'want_c_since', 'big_since', 'big_until', 'hold_until', 'ramp_at', 'cut_at', 'gate_since',
     'opened_at', 'filled', 'told_at', 'grown_at', 'rated_at', 'met_at'}) do
     if rec[name] then rec[name] = math.min(rec[name], now) end
   end

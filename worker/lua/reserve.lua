@@ -7,8 +7,8 @@
 -- ARGV[1] requests a minute, '' for no limit     ARGV[2] tokens a minute, ''     ARGV[3] calls in flight, ''
 -- ARGV[4] share of the rates that is interactive jobs'    ARGV[5] seconds a reservation lives unless renewed
 -- ARGV[6] prefix of reservation ids, which begins with the lane's first letter: 'b' or 'i'    ARGV[7] who asks
--- ARGV[8] this record's member of KEYS[6]
--- ARGV[9..] of each candidate: its token estimate, and if it is a job that is held, a space, its fencing token, a space, its
+-- ARGV[8] calls in flight that it has, without those that are settled in the same step    ARGV[9] this record's member of KEYS[6]
+-- ARGV[10..] of each candidate: its token estimate, and if it is a job that is held, a space, its fencing token, a space, its
 --   index: the lease remembers the call, so that one which its worker does not live to tell of is on record (reap.lua);
 --   one whose lease is gone, or whose batch is stopped, is passed over
 --
@@ -25,13 +25,18 @@
 -- Lanes: while interactive jobs wait for a rate and their share is not used up, bulk is refused; beyond their share they are
 -- refused while bulk waits. Of the concurrency at least one call and 5% are never bulk's while a worker serves the interactive
 -- lane: nobody else could use them.
+--
+-- Workers: who frees places asks for them in the same step, so one that joins, or has few, would never get any of a cap that is
+-- full. So who is refused one leaves word how many it has; whoever would have more with the one it asks for leaves one free.
 
 --!include adapt.lua
 --!include limits.lua
 
 local AHEAD = 0.1
-local CANDIDATES = 9
+local CANDIDATES = 10
 local WAITS_S = 0.25
+-- Who has waited so long for its first place gets it even from one that has no other.
+local STARVED_S = 2
 
 local now, rec, before, account, account_before = begin(tonumber(ARGV[5]))
 local interactive = string.sub(ARGV[6], 1, 1) == 'i'
@@ -43,7 +48,7 @@ local function done()
   save(KEYS[1], '', rec, before)
   save(KEYS[5], 'gate_', account, account_before)
   for i = 1, 4 do redis.call('EXPIRE', KEYS[i], 86400) end
-  redis.call('ZADD', KEYS[6], now, ARGV[8])
+  redis.call('ZADD', KEYS[6], now, ARGV[9])
   return {delays, math.max(0, math.ceil(ask * 1000)), bound, shut_by, probe, string.format('%.0f', now * 1000)}
 end
 
@@ -112,6 +117,23 @@ if probe == 1 then cap, capped = tonumber(ARGV[3]) or 1e9, 'concurrency' end
 local kept = math.max(1, math.floor(0.05 * cap))
 local bulk_cap = redis.call('EXISTS', KEYS[9]) == 1 and math.max(1, cap - kept) or cap
 
+local held = tonumber(ARGV[8])
+
+-- Places that are left free for another worker.
+local function left_free()
+  if (rec.want_c or 0) <= now or rec.want_c_by == ARGV[7] then return 0 end
+  local starved = rec.want_c_n == 0 and now - rec.want_c_since >= STARVED_S
+  return (held > rec.want_c_n or starved) and 1 or 0
+end
+
+-- This one waits for a place; of several the one that has the fewest is served first.
+local function wait_for_place(until_)
+  local mine, standing = rec.want_c_by == ARGV[7], (rec.want_c or 0) > now
+  if standing and not mine and held >= rec.want_c_n then return end
+  if not (standing and mine and rec.want_c_n == held) then rec.want_c_since = now end
+  rec.want_c, rec.want_c_by, rec.want_c_n = until_, ARGV[7], held
+end
+
 -- Seconds until something leaves the log, and never so few that a call is granted ahead of it.
 local function next_leaves()
   return math.max((rec.first + 1) * BIN + KEPT - now, AHEAD + 0.01)
@@ -124,7 +146,8 @@ end
 
 -- What keeps a candidate of so many tokens from going, how long it has to wait for it, and whether that is a rate.
 local function hindrance(need)
-  if flying >= cap or (not interactive and bulk_flying >= bulk_cap) then return capped, AHEAD + 0.1 end
+  local free = left_free()
+  if flying >= cap - free or (not interactive and bulk_flying >= bulk_cap - free) then return capped, AHEAD + 0.1 end
   local first = goes_first(need)
   if not interactive and (rec.want_i or 0) > now then return 'interactive', AHEAD + 0.05 end
   if interactive and not first and SHARE > 0 and (rec.want_b or 0) > now then return 'share', AHEAD + 0.1 end
@@ -176,6 +199,7 @@ for i = 1, candidates do
     if wait > AHEAD then
       ask, bound = wait - AHEAD, what
       local until_ = now + math.min(ask, 1) + WAITS_S
+      if what == capped then wait_for_place(until_) end
       if interactive then
         if (rated and goes_first(need)) or (what == capped and interactive_flying < kept) then
           rec.want_i, rec.want_by = until_, ARGV[7]
@@ -186,7 +210,7 @@ for i = 1, candidates do
       break
     end
     requests, tokens, share = requests - 1, tokens - need, share - (interactive and cost(need) or 0)
-    flying = flying + 1
+    flying, held = flying + 1, held + 1
     if interactive then interactive_flying = interactive_flying + 1 else bulk_flying = bulk_flying + 1 end
     note(rec, now + wait, 1, need)
     if token ~= '' then redis.call('HINCRBY', KEYS[7] .. token, 'c' .. index, 1) end
@@ -198,6 +222,9 @@ for i = 1, candidates do
 end
 if #ids > 0 then redis.call('ZADD', interactive and KEYS[3] or KEYS[2], unpack(ids)) end
 if interactive and bound == '' and rec.want_by == ARGV[7] then rec.want_i, rec.want_by = nil, nil end
+if bound ~= capped and rec.want_c_by == ARGV[7] then
+  rec.want_c, rec.want_c_by, rec.want_c_n, rec.want_c_since = nil, nil, nil, nil
+end
 
 if #ids > 0 and probe == 1 then
   if account.gate_reason then probed(account, now) end

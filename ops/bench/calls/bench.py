@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from jobs.errors import MimoqError
 from ops.bench.calls.environments import NotInstalled
 from ops.bench.calls.measure import Measured
@@ -124,7 +126,7 @@ def attempt(name: str, work: Callable[[], T]) -> tuple[T | None, str]:
         return work(), ""
     except NotInstalled as error:
         reason = f"could not be installed: {error}"
-    except (Broken, MimoqError, OSError) as error:
+    except (Broken, MimoqError, OSError, psutil.Error) as error:
         reason = f"could not be run: {error}"
     _say(f"{name} {reason}")
     return None, reason

@@ -43,7 +43,7 @@ def made(folder: Path, requirements: list[str]) -> Path:
     pip = ["-m", "pip", "--disable-pip-version-check", "--retries", "1", "install", "--quiet", *requirements]
     for argv in ([sys.executable, "-m", "venv", str(folder)], [str(interpreter), *pip]):
         try:
-            ran = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S, env=_environment())
+            ran = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S, env=environment())
         except subprocess.TimeoutExpired:
             raise NotInstalled(f"not within {INSTALL_S:.0f} s") from None
         except OSError as error:
@@ -54,7 +54,7 @@ def made(folder: Path, requirements: list[str]) -> Path:
     return interpreter
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, without what would lead another interpreter to our modules."""
     return {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")

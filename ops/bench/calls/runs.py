@@ -19,6 +19,7 @@ from ops.bench.calls import environments
 from ops.bench.calls.measure import LOAD, PRODUCER, Measured
 from ops.bench.calls.standing import alive, api, process, standing, valkey, watch
 from ops.bench.corpus import Corpus
+from ops.bench.limits.stand import Broken
 
 PEERS = Path(__file__).parent / "peers"
 PROMPT_BYTES = 500
@@ -115,7 +116,11 @@ def singles_by_client(trial: Trial) -> Measured:
             looks = watch(stand, [started[0].pid], **others)
             found = looks.until(trial.jobs, lambda: alive(started, producer), whole=True)
             producer.done(WAIT_S)  # it has had every answer, or this is no row
-            return found._replace(cpu_ms=found.cpu_ms + float(producer.last_line()) * 1e3 / trial.jobs)
+            try:
+                cpu_s = float(producer.last_line())
+            except ValueError:
+                raise Broken(f"the producer said: {producer.last_line()}") from None
+            return found._replace(cpu_ms=found.cpu_ms + cpu_s * 1e3 / trial.jobs)
 
 
 def singles_by_api(waiting: bool) -> Run:

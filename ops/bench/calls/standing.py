@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from ops.bench.calls.environments import environment
 from ops.bench.calls.measure import CALLER, SIMULATOR, Watch
 from ops.bench.limits.stand import Broken, Stand
 from producers.service import Service
@@ -46,7 +47,10 @@ def watch(stand: Stand, callers: Sequence[int], **others: psutil.Process) -> Wat
 
 
 def _child(module: str) -> psutil.Process:
-    return next(child for child in psutil.Process().children() if module in child.cmdline())
+    for child in psutil.Process().children():
+        if module in child.cmdline():
+            return child
+    raise Broken(f"{module} does not run")
 
 
 def alive(workers: Sequence[subprocess.Popen[bytes]], *others: Process) -> None:
@@ -106,7 +110,7 @@ def process(
     """A process that gets `told` on its standard input; without it, that is open as long as this process lives."""
     log = folder / f"process{time.monotonic_ns()}.log"
     # Not our settings, nor what would lead another environment's interpreter to our modules.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MIMOQ_")}
+    kept = {name: value for name, value in environment().items() if not name.startswith("MIMOQ_")}
     with log.open("wb") as file:
         started = subprocess.Popen(
             argv,

@@ -1,0 +1,83 @@
+"""A line by itself: when it asks the limiter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import worker.line
+from worker.limiter import Grant
+from worker.line import Lines
+
+REFUSED = Grant([], 0.1, "concurrency", "")
+
+
+class FakeLimiter:
+    """Refuses each reservation; `asked` is set by each."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    def ids(self, lane: str) -> str:
+        return f"{lane}.w.1"
+
+    async def reserve(self, *_: Any) -> Grant:
+        self.asked.set()
+        return REFUSED
+
+
+class FakeCaller:
+    """An engine with room and nothing in flight."""
+
+    def __init__(self) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.get_running_loop().create_task(work))
+
+    def free(self, lane: str) -> int:
+        return 100
+
+    def held(self, model: str, lane: str) -> int:
+        return 0
+
+    def estimate(self, run: Any) -> int:
+        return 1
+
+
+def job() -> Any:
+    return SimpleNamespace(model="m", job=SimpleNamespace(lane="interactive", leads=False), over=False, estimate=0)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_line_whose_jobs_were_all_asked_for_elsewhere_asks_for_those_that_come_back(
+    monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    monkeypatch.setattr(worker.line, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(worker.line, "IDLE_S", 1_000.0)
+
+    async def main() -> None:
+        caller, limiter = FakeCaller(), FakeLimiter()
+        lines = Lines(limiter, caller)  # type: ignore[arg-type]
+        lines.add(job())
+        await limiter.asked.wait()
+        await asyncio.sleep(0)  # the refusal is heard
+        asks = lines.asks({"m": 1})
+        line = asks[0].line
+        assert line.jobs == 0
+        await asyncio.sleep(0.05)  # the line looks, and has nothing to ask for
+        line.answered(asks[0], REFUSED)
+        lines.wake()
+        for _ in range(more):
+            lines.add(job())
+        limiter.asked.clear()
+        await asyncio.wait_for(limiter.asked.wait(), 5)
+        for task in caller.tasks:
+            task.cancel()
+        await asyncio.gather(*caller.tasks, return_exceptions=True)
+
+    asyncio.run(main())
