@@ -55,6 +55,12 @@ pip_install() {
     fi
 }
 
+# On all cores at once, which pip does on one. Else every command and worker compiles a second's worth of modules when it
+# starts, again and again where Python may write no bytecode by itself (PYTHONDONTWRITEBYTECODE).
+compile_all() {
+    "$venv_python" -m compileall -qq -j 0 "$@" || true # some packages bring files that this Python can't read
+}
+
 wants_other_python() {
     [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version "$venv_python")" ]
 }
@@ -73,6 +79,7 @@ if [ ! -e "$stamp" ] || [ "$(sed -n 1p "$stamp")" != "$packages" ] || wants_othe
         "$python" -m venv .venv >/dev/null 2>&1 || "$python" -m venv --clear --without-pip .venv
     fi
     pip_install --require-hashes -r requirements.lock
+    compile_all .venv/lib/python3*/site-packages
     packages=$(packages_state)
 elif [ "$(sed -n 2p "$stamp")" = "$(own_state)" ]; then
     exit 0
@@ -80,5 +87,6 @@ fi
 
 rm -f "$stamp"
 pip_install --no-deps --no-build-isolation -e .
+compile_all jobs api producers worker ops
 printf '%s\n' "$packages" "$(own_state)" >"$stamp.new"
 mv "$stamp.new" "$stamp"
