@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from jobs.requests import CHAT
+from jobs.usage import Usage, told_by
 
 #: Stands for a body that is not there: msgspec can't read a `Raw | None`, and writes an empty `Raw` as no JSON at all.
 NO_BODY_JSON = b"null"
@@ -20,41 +21,6 @@ NO_BODY = msgspec.Raw(NO_BODY_JSON)
 SUCCEEDED: Final = "succeeded"
 #: Seconds after its only call's end in which a job's own end is taken for the same.
 JUST_NOW_S: Final = 5.0
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens that one call, or all calls of a job, were billed for, whichever protocol reported them.
-
-    `cached_tokens` are part of `prompt_tokens`, `reasoning_tokens` of `completion_tokens`.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cached_tokens: int = 0
-    total_tokens: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.reasoning_tokens + other.reasoning_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.total_tokens + other.total_tokens,
-        )
-
-    def __sub__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens - other.prompt_tokens,
-            self.completion_tokens - other.completion_tokens,
-            self.reasoning_tokens - other.reasoning_tokens,
-            self.cached_tokens - other.cached_tokens,
-            self.total_tokens - other.total_tokens,
-        )
-
-
-#: Of no call.
-NO_USAGE = Usage()
 
 
 class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,24 +62,14 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str = ""
 
 
-class _Tokens(msgspec.Struct, omit_defaults=True):
-    """A usage as it is written: in the order in which an upstream's body tells it, whose text is then repeated."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    reasoning_tokens: int = 0
-    cached_tokens: int = 0
-
-
 class _Plain(msgspec.Struct, omit_defaults=True):
     """What is written of a job whose one call succeeded."""
 
-    usage: _Tokens
     request_id: str | None
-    model: str
     latency_s: float
-    account: str
+    usage: Usage | None = None
+    model: str | None = None
+    account: str | None = None
     custom_id: str | None = None
     endpoint: str | None = None
     wait_s: float | None = None
@@ -122,14 +78,14 @@ class _Plain(msgspec.Struct, omit_defaults=True):
 class _Read(msgspec.Struct):
     """Anything that was ever written."""
 
-    usage: Usage
+    usage: Usage | None = None
     custom_id: str | None = None
     endpoint: str = CHAT
     attempts: list[Attempt] | None = None
     status: int | None = None
     request_id: str | None = None
     error: Failure | None = None
-    model: str = ""
+    model: str | None = None
     latency_s: float = 0.0
     account: str = ""
     # A new object each time: where msgspec writes an `Attempt`, it leaves out what is its very default.
@@ -140,29 +96,24 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Read).decode
 
 
-def encode_about(about: About, now: float) -> tuple[str, bytes]:
+def encode_about(about: About, now: float, body: bytes = b"", account: str = "") -> tuple[str, bytes]:
     """When the job ended, ISO 8601 in UTC, and the rest as JSON, everything by its name; `now` in unix seconds.
 
     Of a job whose one call succeeded, `attempts`, `status` and the verdict are left out. The call is told by `latency_s`,
-    `account`, `wait_s` and what it shares with the job; its status was 200, and it began `latency_s` before the end. So is
-    what is nothing or the default: no custom id, chat completions, no wait, tokens of which there were none.
+    `wait_s` and what it shares with the job; its status was 200, and it began `latency_s` before the end. Also left out are
+    what its `body`, the answer, tells (usage, model), its account where that is `account`, which the batch's record names,
+    and what is nothing or the default: no custom id, chat completions, no wait.
     """
     if not _is_plain(about, now):
         return _iso(now), _encode(about)
     (call,) = about.attempts
-    usage = about.usage
+    told = told_by(body)
     plain = _Plain(
-        _Tokens(
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            usage.total_tokens,
-            usage.reasoning_tokens,
-            usage.cached_tokens,
-        ),
         about.request_id,
-        about.model,
         call.latency_s,
-        call.account,
+        None if about.usage == told.usage else about.usage,
+        None if about.model == told.model else about.model,
+        None if account and call.account == account else call.account,
         about.custom_id,
         None if about.endpoint == CHAT else about.endpoint,
         call.wait_s or None,
@@ -188,18 +139,35 @@ def _is_plain(about: About, now: float) -> bool:
     )
 
 
-def decode_about(raw: bytes | msgspec.Raw, ended: str | None) -> About:
-    """Reads it back, of a job that `ended` then. Raises `ValueError` or a `MsgspecError` when it is not one of ours."""
+def decode_about(raw: bytes | msgspec.Raw, ended: str | None, body: bytes | msgspec.Raw = b"") -> About:
+    """Reads it back, of a job that `ended` then with this answer. An account that was left out is ''.
+
+    Raises `ValueError` or a `MsgspecError` when it is not one of ours.
+    """
     read = _decode(raw)
-    status, attempts = read.status, read.attempts
+    usage, model, status, attempts = read.usage, read.model, read.status, read.attempts
     if attempts is None:
-        ended_at = datetime.fromisoformat(ended or "").replace(tzinfo=UTC).timestamp()
-        began_at = round(ended_at - read.latency_s, 3)
-        status = 200
-        attempts = [
-            Attempt(began_at, read.latency_s, SUCCEEDED, read.account, 200, read.request_id, read.wait_s, read.usage)
-        ]
-    return About(read.custom_id, read.endpoint, read.usage, attempts, status, read.request_id, read.error, read.model)
+        if usage is None or model is None:
+            told = told_by(body)
+            usage, model = usage or told.usage, told.model if model is None else model
+        if usage is not None:
+            ended_at = datetime.fromisoformat(ended or "").replace(tzinfo=UTC).timestamp()
+            began_at = round(ended_at - read.latency_s, 3)
+            status = 200
+            attempts = [
+                Attempt(began_at, read.latency_s, SUCCEEDED, read.account, 200, read.request_id, read.wait_s, usage)
+            ]
+    if usage is None or attempts is None:
+        raise ValueError("nothing tells the usage")
+    return About(read.custom_id, read.endpoint, usage, attempts, status, read.request_id, read.error, model or "")
+
+
+def with_account(about: About, account: str) -> About:
+    """The same with the account, its batch's, that was left out."""
+    if not account or not any(attempt.account == "" for attempt in about.attempts):
+        return about
+    named = [msgspec.structs.replace(item, account=item.account or account) for item in about.attempts]
+    return msgspec.structs.replace(about, attempts=named)
 
 
 def _iso(at: float) -> str:

@@ -39,7 +39,7 @@ class Job:
     """One claimed job; `attempts` is the stored JSON of earlier attempts, `request` never shows.
 
     `crashes` counts workers that died holding its slice; `alone`: it is in quarantine; `leads`: it is the first of several,
-    and shows at once what is wrong with them all.
+    and shows at once what is wrong with them all; `account` is the batch's.
     """
 
     batch_id: str
@@ -50,6 +50,7 @@ class Job:
     crashes: int
     max_attempts: int | None
     ttl_s: int
+    account: str = ""
     lane: str = "bulk"
     alone: bool = False
     leads: bool = False
@@ -104,30 +105,30 @@ async def claim(
     wanted: int,
     lease_s: float = LEASE_S,
     leads: bool = False,
+    account: str = "",
 ) -> list[Job]:
-    """Up to `wanted` ready jobs of the lane, the batches in turn, leased to this worker.
+    """Up to `wanted` ready jobs of the lane, the batches in turn, leased to this worker of `account`.
 
     With `leads` none but the first job of a new batch; else one such job, if there are to be others.
     """
     lanes = [keys.lane(lane, label) for label in labels]
     names = [keys.PREFIX, *lanes]
-    return _jobs(
-        await _claim(client, names, [worker_id, secrets.token_hex(8), lease_s, wanted, "1" if leads else ""]), lane
-    )
+    args = [worker_id, secrets.token_hex(8), lease_s, wanted, "1" if leads else "", account]
+    return _jobs(await _claim(client, names, args), lane)
 
 
 async def claim_quarantined(
-    client: Any, worker_id: str, lane: str, labels: Iterable[str], lease_s: float = LEASE_S
+    client: Any, worker_id: str, lane: str, labels: Iterable[str], lease_s: float = LEASE_S, account: str = ""
 ) -> list[Job]:
     """A job of the lane that may kill its worker, if there is one; for a worker that holds nothing else."""
     lanes = [keys.quarantine(lane, label) for label in labels]
-    slices = await _quarantine(client, [keys.PREFIX, *lanes], [worker_id, secrets.token_hex(8), lease_s])
+    slices = await _quarantine(client, [keys.PREFIX, *lanes], [worker_id, secrets.token_hex(8), lease_s, account])
     return _jobs(slices, lane, alone=True)
 
 
 def _jobs(slices: list[Any], lane: str, alone: bool = False) -> list[Job]:
     found: list[Job] = []
-    for batch_id, fence, indexes, crashes, block, first, history, large, most, ttl, total in slices:
+    for batch_id, fence, indexes, crashes, block, first, history, large, most, ttl, total, account in slices:
         requests = decode_block(block) if block else []
         attempts = dict(zip(history[::2], history[1::2], strict=True))
         fields = dict(zip(large[::2], large[1::2], strict=True))
@@ -145,6 +146,7 @@ def _jobs(slices: list[Any], lane: str, alone: bool = False) -> list[Job]:
                     crashes=int(crashes),
                     max_attempts=int(most) if most else None,
                     ttl_s=int(ttl),
+                    account=account.decode(),
                     lane=lane,
                     alone=alone,
                     leads=index == 0 and int(total) > 1,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from jobs import keys
+from jobs.about import with_account
 from jobs.backends import ResultBackend
 from jobs.blocks import decode_block, decode_large
 from jobs.connections import redis_errors
@@ -31,6 +32,7 @@ FIELDS = (
     "endpoint",
     "custom_id",
     "single",
+    "account",
 )
 
 _look = Script("look")
@@ -102,7 +104,7 @@ def _answers(backend: ResultBackend, wanted: Sequence[Wanted], replies: list[Any
 def _job(client: Any, item: Wanted, reply: list[Any], stored: StoredResult | None) -> JobLook:
     byte, claimed, not_before, attempts, _, block, *values = reply
     record = dict(zip(FIELDS, (value.decode() for value in values), strict=True))
-    about = stored.mimoq if stored is not None else None
+    about = with_account(stored.mimoq, record["account"]) if stored is not None and stored.mimoq is not None else None
     if byte:
         state = TERMINAL[byte[0]]
     elif claimed:

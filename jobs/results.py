@@ -17,14 +17,14 @@ import msgspec
 
 from jobs.about import NO_BODY as NO_BODY
 from jobs.about import NO_BODY_JSON as NO_BODY_JSON
-from jobs.about import NO_USAGE as NO_USAGE
 from jobs.about import About as About
 from jobs.about import Attempt as Attempt
 from jobs.about import Failure as Failure
-from jobs.about import Usage as Usage
 from jobs.about import decode_about as decode_about
 from jobs.about import encode_about
 from jobs.states import JobState
+from jobs.usage import NO_USAGE as NO_USAGE
+from jobs.usage import Usage as Usage
 
 #: What Celery puts before a compressed result (`celery.backends.base.COMPRESSED_PAYLOAD_MAGIC`), with the shortest name that
 #: kombu has for this compression, and with its full one, as Celery itself and an earlier mimoq write it.
@@ -105,9 +105,9 @@ _decode = msgspec.json.Decoder(_Value).decode
 _decode_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
-def success_payload(job_id: str, body: bytes, about: About, compress: bool) -> bytes:
-    """The stored value of a job that succeeded with this upstream body."""
-    return _pack(job_id, b"SUCCESS", body, about, compress)
+def success_payload(job_id: str, body: bytes, about: About, compress: bool, account: str = "") -> bytes:
+    """The stored value of a job that succeeded with this upstream body; `account` is its batch's."""
+    return _pack(job_id, b"SUCCESS", body, about, compress, account)
 
 
 def failure_payload(job_id: str, about: About, compress: bool) -> bytes:
@@ -122,8 +122,8 @@ def failure_payload(job_id: str, about: About, compress: bool) -> bytes:
     return _pack(job_id, b"FAILURE", _encode(exception), about, compress)
 
 
-def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: bool) -> bytes:
-    ended, beside = encode_about(about, time.time())
+def _pack(job_id: str, status: bytes, result: bytes, about: About, compress: bool, account: str = "") -> bytes:
+    ended, beside = encode_about(about, time.time(), result, account)
     value = b"".join(
         (
             _BEGIN,
@@ -189,7 +189,7 @@ def decode_result(payload: bytes) -> StoredResult:
     """Reads a stored value back. Raises `ValueError` when it is not one of ours."""
     try:
         value = _decode(unpack(payload))
-        about = decode_about(value.mimoq, value.date_done) if bytes(value.mimoq) != NO_BODY_JSON else None
+        about = decode_about(value.mimoq, value.date_done, value.result) if bytes(value.mimoq) != NO_BODY_JSON else None
         return StoredResult(value.status, value.task_id, value.result, about, value.date_done)
     except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None

@@ -11,7 +11,10 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from jobs import keys
+from jobs.about import with_account
 from jobs.backends import RedisResults, ResultBackend
 from jobs.batches import BatchStatus as BatchStatus
 from jobs.batches import statuses
@@ -158,7 +161,15 @@ class Store:
     @patient
     def results(self, batch_id: str, indexes: list[int]) -> list[StoredResult | None]:
         """Stored results of these jobs; None where there is none (not ended, or expired)."""
-        return self.backend.read([job_id(batch_id, index) for index in indexes])
+        found = self.backend.read([job_id(batch_id, index) for index in indexes])
+        with redis_errors():
+            account = (self.client.hget(keys.batch(batch_id), "account") or b"").decode() if any(found) else ""
+        return [
+            stored
+            if stored is None or stored.mimoq is None
+            else replace(stored, mimoq=with_account(stored.mimoq, account))
+            for stored in found
+        ]
 
     @patient
     def packed(self, batch_id: str, indexes: Sequence[int]) -> list[bytes | None]:

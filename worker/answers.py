@@ -10,12 +10,9 @@ from typing import Any
 
 import msgspec
 
-from jobs.results import Usage
+from jobs.usage import Usage, read_usage
 
 MESSAGES = "/v1/messages"
-
-# A count beyond this is a fault of the upstream, and would overflow sums in the store.
-_MOST_TOKENS = 10**12
 
 # Anthropic's error types, which stand in for a status inside a stream.
 _STATUS_OF_TYPE = {
@@ -174,45 +171,6 @@ def _read_error(error: object) -> UpstreamError:
     else:
         status = _STATUS_OF_TYPE.get(str(error.get("type")), 0)
     return UpstreamError(status=status or None, text=text if isinstance(text, str) else "")
-
-
-def read_usage(raw: msgspec.Raw | bytes) -> Usage | None:
-    """The usage object of either protocol; None where there is none, 0 for what is missing or odd."""
-    if not _filled(raw):
-        return None
-    try:
-        usage = _any.decode(raw)
-    except NOT_JSON:
-        return None
-    if not isinstance(usage, dict):
-        return None
-    cached = _count(usage.get("cache_read_input_tokens"))
-    if "prompt_tokens" in usage:
-        prompt = _count(usage["prompt_tokens"])
-        cached = cached or _detail(usage, "prompt_tokens_details", "cached_tokens")
-    else:
-        # Anthropic counts what the cache gave, and what was written to it, beside input_tokens.
-        prompt = _count(usage.get("input_tokens")) + cached + _count(usage.get("cache_creation_input_tokens"))
-    completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        reasoning_tokens=_detail(usage, "completion_tokens_details", "reasoning_tokens")
-        or _detail(usage, "output_tokens_details", "reasoning_tokens"),
-        cached_tokens=cached,
-        total_tokens=_count(usage.get("total_tokens")) or prompt + completion,
-    )
-
-
-def _detail(usage: dict[str, Any], group: str, name: str) -> int:
-    details = usage.get(group)
-    return _count(details.get(name)) if isinstance(details, dict) else 0
-
-
-def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_TOKENS:
-        return 0
-    return int(value)
 
 
 def _filled(raw: msgspec.Raw | bytes) -> bool:

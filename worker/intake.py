@@ -113,7 +113,7 @@ class Intake:
                     continue
                 self._claimed_at = time.monotonic()
                 try:
-                    jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, wanted)
+                    jobs = await self._claim(lane, wanted)
                 except (RedisError, OSError) as error:
                     if not warned:
                         log.warning("claim_failed", error=type(error).__name__)
@@ -127,6 +127,12 @@ class Intake:
             if len(jobs) < wanted:
                 break  # there are no more
         return accepted
+
+    async def _claim(self, lane: str, wanted: int, leads: bool = False) -> list[Job]:
+        account = self._lines.limiter.account
+        return await leases.claim(
+            self._client, self._worker_id, lane, self._labels, wanted, leads=leads, account=account
+        )
 
     async def _wait_for_room(self, lane: str, end: float) -> bool:
         """Whether there is room, waited for until the monotonic time `end`."""
@@ -157,7 +163,7 @@ class Intake:
                 return
             self._looked_at = time.monotonic()
             try:
-                jobs = await leases.claim(self._client, self._worker_id, lane, self._labels, 1, leads=True)
+                jobs = await self._claim(lane, 1, leads=True)
             except (RedisError, OSError):
                 return  # whoever claims next says so
             if jobs:

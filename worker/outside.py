@@ -218,7 +218,7 @@ def _refused(end: End) -> End:
     """The failed end of a job whose result can't be kept, with what stood beside that, unless it is spoilt."""
     try:
         parts = split(end.payload)
-        about = decode_about(parts.about, parts.date_done)
+        about = decode_about(parts.about, parts.date_done, parts.result)
     except (ValueError, msgspec.MsgspecError):
         return dataclasses.replace(end, letter="f", payload=b"", code=REFUSED)
     about = msgspec.structs.replace(about, error=Failure(REFUSED, REFUSED_MESSAGE, about.status))

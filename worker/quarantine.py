@@ -78,8 +78,9 @@ class Quarantine:
         await self._lock.release()
 
     async def _claim(self) -> list[leases.Job]:
+        worker_id, account = self._engine.worker_id, self._engine.account
         for lane in self._lanes:
-            if jobs := await leases.claim_quarantined(self._client, self._engine.worker_id, lane, self._labels):
+            if jobs := await leases.claim_quarantined(self._client, worker_id, lane, self._labels, account=account):
                 return jobs
         return []
 

@@ -127,7 +127,7 @@ class Run:
             model=self.model,
         )
         if succeeded:
-            payload = success_payload(job.job_id, outcome.body or b"null", about, compress)
+            payload = success_payload(job.job_id, outcome.body or b"null", about, compress, job.account)
         else:
             payload = failure_payload(job.job_id, about, compress)
         code = "" if succeeded else verdict.code

@@ -132,8 +132,8 @@ class CeleryResults:
             return None
         try:
             told = _decode_beside(_encode(beside["result"])) if beside["status"] != _PENDING else _Beside("")
-            about = decode_about(told.mimoq, told.date_done) if bytes(told.mimoq) != NO_BODY_JSON else None
             result = msgspec.Raw(_encode(_exception(meta["result"])))
+            about = decode_about(told.mimoq, told.date_done, result) if bytes(told.mimoq) != NO_BODY_JSON else None
         except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
         return StoredResult(meta["status"], job_id, result, about, told.date_done or None)

@@ -347,11 +347,12 @@ def _stored(row: tuple[Any, ...]) -> StoredResult:
     task_id, status, result, date_done, about = row
     done = date_done.isoformat() if date_done is not None else None
     try:
+        body = unpack(result) if result is not None else NO_BODY_JSON
         return StoredResult(
             status=status,
             task_id=task_id,
-            result=msgspec.Raw(unpack(result) if result is not None else NO_BODY_JSON),
-            mimoq=decode_about(about, done) if about is not None else None,
+            result=msgspec.Raw(body),
+            mimoq=decode_about(about, done, body) if about is not None else None,
             # A job that was revoked ended with its batch, whenever that was written down.
             date_done=done if status != "REVOKED" else None,
         )

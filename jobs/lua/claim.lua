@@ -4,11 +4,11 @@
 -- KEYS[1]   prefix
 -- KEYS[2..] the lane's batches with ready work (zset), one key for each upstream label the worker serves
 -- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds    ARGV[4] jobs wanted, at most
--- ARGV[5] '1' for nothing but the first job of a new batch
+-- ARGV[5] '1' for nothing but the first job of a new batch    ARGV[6] the worker's account
 --
 -- Returns a list of slices, each {batch id, token, indexes joined by commas, crashes, compressed block, its first index,
 -- {index, attempts so far, ...} of jobs that have some, {index, request, ...} of large requests,
--- maximum of attempts or '', retention in seconds, jobs of the batch}. Crashes: -1 marks jobs that are to be ended as poison, not called.
+-- maximum of attempts or '', retention in seconds, jobs of the batch, its account}. Crashes: -1 marks jobs that are to be ended as poison, not called.
 --
 -- A batch's score is the number of jobs it was handed, so batches advance alike in jobs, however small their slices. The lane's
 -- virtual time (`turn`), at which others join, goes on by as many jobs as each of its batches would have had of a claim: so those
@@ -104,7 +104,7 @@ local got, rounds = 0, 0
 local function hand(batch, indexes, crashes)
   got = got + #indexes
   local token = ARGV[2] .. '.' .. #slices
-  slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], token, tonumber(ARGV[3]), crashes, 0)
+  slices[#slices + 1] = hand_out(batch, indexes, ARGV[1], ARGV[6], token, tonumber(ARGV[3]), crashes, 0)
 end
 
 -- The first job of the batch that has waited longest of those of which none was handed out.

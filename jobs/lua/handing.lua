@@ -1,9 +1,11 @@
 -- Shared by the scripts that hand out jobs; not a script of its own. Needs common.lua.
 
--- Leases jobs of one block of a batch to a worker; returns the slice as `claim` does.
-local function hand_out(batch, indexes, worker, token, lease_s, crashes, alone)
+-- Leases jobs of one block of a batch to a worker of an account; returns the slice as `claim` does. The account that is the first to
+-- have jobs of a batch is the batch's: results need not name it, each for itself.
+local function hand_out(batch, indexes, worker, account, token, lease_s, crashes, alone)
   local claims, history, large = {}, {}, {}
-  local b = redis.call('HMGET', record(batch), 'size', 'max_attempts', 'ttl', 'total')
+  if account ~= '' then redis.call('HSETNX', record(batch), 'account', account) end
+  local b = redis.call('HMGET', record(batch), 'size', 'max_attempts', 'ttl', 'total', 'account')
   local size = tonumber(b[1])
   for i, index in ipairs(indexes) do
     claims[2 * i - 1], claims[2 * i] = index, token
@@ -20,5 +22,5 @@ local function hand_out(batch, indexes, worker, token, lease_s, crashes, alone)
   redis.call('HSETNX', record(batch), 'started_at', stamp(now()))
   local number = math.floor(tonumber(indexes[1]) / size)
   local block = redis.call('HGET', of(batch, 'requests'), number)
-  return {batch, token, list, crashes, block or '', number * size, history, large, b[2] or '', b[3], b[4]}
+  return {batch, token, list, crashes, block or '', number * size, history, large, b[2] or '', b[3], b[4], b[5] or ''}
 end

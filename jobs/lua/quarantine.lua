@@ -3,7 +3,7 @@
 --
 -- KEYS[1]   prefix
 -- KEYS[2..] the lanes' batches with jobs in quarantine (zset), one key for each lane and upstream label the worker serves
--- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds
+-- ARGV[1] worker id    ARGV[2] fencing token    ARGV[3] lease in seconds    ARGV[4] the worker's account
 --
 -- Returns a list of no slice or one, as `claim` does.
 
@@ -20,7 +20,7 @@ for i = 2, #KEYS do
       local index = redis.call('LPOP', of(batch, 'quarantine'))
       while index and ended(batch, index) do index = redis.call('LPOP', of(batch, 'quarantine')) end
       if redis.call('EXISTS', of(batch, 'quarantine')) == 0 then redis.call('ZREM', KEYS[i], batch) end
-      if index then return {hand_out(batch, {index}, ARGV[1], ARGV[2] .. '.0', tonumber(ARGV[3]), 0, 1)} end
+      if index then return {hand_out(batch, {index}, ARGV[1], ARGV[4], ARGV[2] .. '.0', tonumber(ARGV[3]), 0, 1)} end
     else
       -- A paused one comes again when it goes on (pause.lua).
       redis.call('ZREM', KEYS[i], batch)

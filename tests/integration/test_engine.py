@@ -309,8 +309,8 @@ async def test_a_claim_that_comes_while_stopping_goes_back(store_url: str, monke
     async with standing(store_url, FakeUpstream()) as stand:
         claim = leases.claim
 
-        async def late(*args: Any) -> Any:
-            jobs = await claim(*args)
+        async def late(*args: Any, **named: Any) -> Any:
+            jobs = await claim(*args, **named)
             stand.engine.stop()
             return jobs
 

@@ -17,8 +17,9 @@ from jobs import keys, leases
 from jobs.backends import RedisResults
 from jobs.connections import connect, connect_async
 from jobs.leases import End
+from jobs.looks import Wanted, look
 from jobs.requests import CHAT, make_request
-from jobs.results import About, Attempt, Usage, success_payload
+from jobs.results import About, Attempt, Usage, success_payload, unpack
 from jobs.store import NewBatch, Store
 from tests.integration.engine_stand import (
     FakeUpstream,
@@ -294,3 +295,27 @@ async def test_a_reply_nobody_expects_ends_the_engine_and_gives_its_jobs_back(
         await stand.engine.ring("bulk")
         await until(lambda: stand.engine.stopping)
         await until(lambda: stand.store.status(batch).queued == 3, "given back")
+
+
+def test_an_account_is_told_of_each_job_and_written_once(store_url: str) -> None:
+    """That of the batch by its record, another with the result."""
+
+    @in_loop
+    async def main() -> None:
+        async with standing(store_url, FakeUpstream()) as stand:
+            first = stand.submit(2)
+            await stand.engine.ring("bulk")
+            await stand.ended(first)
+            account = stand.engine.account
+            second = stand.submit(2, slice_size=1)
+            stand.store.client.hset(keys.batch(second), "account", "another")
+            await stand.engine.ring("bulk")
+            await stand.ended(second)
+            for batch, named in ((first, 0), (second, 2)):
+                values = [unpack(value) for value in stand.store.packed(batch, [0, 1]) if value is not None]
+                assert sum(account.encode() in value for value in values) == named
+                assert [stand.attempts(batch, index)[0]["account"] for index in (0, 1)] == [account] * 2
+                looks = look(stand.store.client, stand.store.backend, [Wanted("", batch, index) for index in (0, 1)])
+                assert [seen.attempts[0].account for seen in looks if seen is not None] == [account] * 2
+
+    main()

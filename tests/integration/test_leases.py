@@ -416,6 +416,19 @@ def test_a_flood_of_singles_leaves_an_old_batch_its_share(store: Store, store_ur
     assert handed.count(old) >= len(handed) / waiting / 2
 
 
+def test_the_account_that_is_first_to_have_jobs_of_a_batch_is_the_batchs(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch(slice_size=1))
+
+    async def work(client: Any) -> list[Job]:
+        found = []
+        for account in ("", "a", "b"):
+            found += await leases.claim(client, "w", "bulk", [""], 1, account=account)
+        return found
+
+    assert [job.account for job in run(work, store_url)] == ["", "a", "a"]
+    assert store.client.hget(keys.batch(batch_id), "account") == b"a"
+
+
 def test_a_batch_of_one_does_not_lead(store: Store, store_url: str) -> None:
     old = begun(store, store_url)
     singles = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -102,11 +103,14 @@ def test_a_thousand_batches_leave_nothing_behind(store: Store, store_url: str) -
             end_all(store_url, "sf")
             reap(store_url)
 
-    def gone() -> bool:
+    def left() -> set[bytes]:
         reap(store_url)
-        return names() == before
+        return names() ^ before
 
-    wait_for(gone, 20, "as many keys as before")
+    # A round of the reaper forgets a hundred, and a busy machine takes its time for each.
+    with suppress(AssertionError):
+        wait_for(lambda: not left(), 60)
+    assert left() == set()
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -334,14 +334,10 @@ def test_leases_of_the_dead_run_out(tmp_path: Path) -> None:
 def test_ctrl_c_ends_a_wait_for_the_store(box: Box) -> None:
     box.prompts(3)
     away = f"unix://{box.folder}/none.sock"
-    waits = [
-        box.start(*args, redis_url=away)
-        for args in (("run", "in.jsonl"), ("submit", "in.jsonl"), ("status",), ("results", "b", "--follow"))
-    ]
-    for command in waits:
+    for args in (("run", "in.jsonl"), ("submit", "in.jsonl"), ("status",), ("results", "b", "--follow")):
+        command = box.start(*args, redis_url=away)
         command.heard("waiting for the store: Redis does not answer (ConnectionError): check MIMOQ_REDIS_URL")
         to_command(command)
-    for command in waits:
         assert command.wait(130).out == ""
         assert command.err.count("waiting") == 1
 

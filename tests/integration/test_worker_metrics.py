@@ -381,6 +381,12 @@ def test_a_worker_counts_what_the_upstream_has_seen(store_url: str, tmp_path: Pa
         batch = work.submit(60)
         wait_for(lambda: work.store.status(batch).state == "finished", 60, "the end")
         status = work.store.status(batch)
+
+        def ended() -> float:
+            return sum(of(read(scrape(port)), "mimoq_worker_jobs_ended_total").values())
+
+        # A worker counts what the store has told it.
+        wait_for(lambda: ended() == 60, what="every end counted")
         text = scrape(port)
         found = read(text)
         ledger = simulator.ledger()

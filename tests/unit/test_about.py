@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.about import SUCCEEDED, About, Attempt, Failure, Usage, decode_about, encode_about
+from jobs.about import SUCCEEDED, About, Attempt, Failure, decode_about, encode_about, with_account
 from jobs.requests import CHAT, MESSAGES
 from jobs.results import GZIP, decode_result, split, success_payload
+from jobs.usage import Usage
 
 USAGE = Usage(146, 237, 92, 0, 383)
 CALL = Attempt(1795692080.606, 0.0824, SUCCEEDED, "a3cf7bd4c2f40e42", 200, "r-7", 0.0, USAGE)
@@ -43,17 +44,43 @@ def there_and_back(about: About) -> About:
     return decode_about(raw, ended)
 
 
+#: An answer that tells the same.
+TOLD = (
+    b'{"id":"c","model":"m","usage":{"prompt_tokens":146,"completion_tokens":237,"total_tokens":383,'
+    b'"completion_tokens_details":{"reasoning_tokens":92}}}'
+)
+
+
 def test_of_one_call_that_succeeded_what_goes_without_saying_is_left_out() -> None:
-    ended, raw = encode(PLAIN)
+    ended, raw = encode_about(PLAIN, CALL.at + 0.1, TOLD, CALL.account)
     assert ended == "2026-11-26T11:21:20.688400"
+    assert json.loads(raw) == {"request_id": "r-7", "latency_s": 0.0824}
+    found = decode_about(raw, ended, TOLD)
+    assert found.attempts == [msgspec.structs.replace(CALL, account="")]
+    assert with_account(found, "") == found
+    assert with_account(found, CALL.account) == PLAIN == decode_about(WHOLE, ended)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"null", b"{}", b"no", b'{"usage":5,"model":5}', b'{"usage":{"prompt_tokens":1},"model":"x"}']
+)
+def test_what_nothing_else_tells_is_written(body: bytes) -> None:
+    ended, raw = encode_about(PLAIN, CALL.at + 0.1, body, "another")
     assert json.loads(raw) == {
-        "usage": {"prompt_tokens": 146, "completion_tokens": 237, "total_tokens": 383, "reasoning_tokens": 92},
+        "usage": json.loads(msgspec.json.encode(USAGE)),
         "request_id": "r-7",
         "model": "m",
         "latency_s": 0.0824,
         "account": "a3cf7bd4c2f40e42",
     }
-    assert there_and_back(PLAIN) == PLAIN == decode_about(WHOLE, ended)
+    assert with_account(decode_about(raw, ended, body), "another") == PLAIN
+    assert there_and_back(PLAIN) == PLAIN
+
+
+def test_what_the_body_told_is_no_ones_guess_once_it_is_gone() -> None:
+    ended, raw = encode_about(PLAIN, CALL.at + 0.1, TOLD)
+    with pytest.raises(ValueError, match="usage"):
+        decode_about(raw, ended, b"{}")
 
 
 @given(
@@ -69,6 +96,9 @@ def test_nothing_of_it_is_lost(
     ended, raw = encode(about)
     assert "attempts" not in json.loads(raw)
     assert decode_about(raw, ended) == about
+    body = json.dumps({"model": model, "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": 3}}).encode()
+    ended, raw = encode_about(about, call.at + call.latency_s, body, account)
+    assert with_account(decode_about(raw, ended, body), account) == about
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.25])

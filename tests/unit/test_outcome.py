@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from jobs.settings import Settings
-from worker.answers import Answer, UpstreamError, read_answer, read_usage
+from jobs.usage import read_usage
+from worker.answers import Answer, UpstreamError, read_answer
 from worker.outcome import MAX_RETRY_AFTER_S, Outcome, ResponseHead, Usage
 from worker.upstream import Upstream
 
