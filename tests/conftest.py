@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def pytest_configure() -> None:
         if name.upper().startswith("MIMOQ_") or name.lower().endswith("_proxy") or name == "FORCE_COLOR":
             del os.environ[name]
     os.environ["MIMOQ_BASE_URL"] = NO_UPSTREAM
+    # A shell has what it starts in the background ignore Ctrl-C, and so would all that is started here.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -240,7 +240,10 @@ class Engine:
         task.add_done_callback(partial(self._landed, run, reservation))
 
     def _landed(self, run: Run, reservation: Reservation, _: asyncio.Task[None]) -> None:
-        self._held[run.model, run.job.lane] -= 1
+        name = run.model, run.job.lane
+        self._held[name] -= 1
+        if not self._held[name]:  # submitters name models, as many as they like
+            del self._held[name]
         if reservation.id in self.flying:  # cancelled before its first step
             del self.flying[reservation.id]
             run.flying = False

@@ -21,7 +21,7 @@ import msgspec
 
 from jobs.backends.base import HINT, Memory
 from jobs.errors import StoreUnavailable, UsageError
-from jobs.results import NO_BODY, NO_BODY_JSON, StoredResult, decode_about, split
+from jobs.results import NO_BODY, NO_BODY_JSON, About, StoredResult, decode_about, split
 
 _PENDING = "PENDING"
 #: How often a value fails, and something else does not, before it is taken to be at fault.
@@ -133,7 +133,7 @@ class CeleryResults:
         try:
             told = _decode_beside(_encode(beside["result"])) if beside["status"] != _PENDING else _Beside("")
             result = msgspec.Raw(_encode(_exception(meta["result"])))
-            about = decode_about(told.mimoq, told.date_done, result) if bytes(told.mimoq) != NO_BODY_JSON else None
+            about = _about(told, meta["status"], result)
         except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a stored result can't be read: {type(error).__name__}") from None
         return StoredResult(meta["status"], job_id, result, about, told.date_done or None)
@@ -220,6 +220,18 @@ def _encode(value: Any) -> bytes:
     if "Infinity" in text:
         text = _INFINITE.sub(lambda found: found[1] or "1e999", text)
     return text.encode()
+
+
+def _about(told: _Beside, status: str, result: msgspec.Raw) -> About | None:
+    """What is stored beside a result; None where nothing is, or, of a failure, what an answer left that was cut off here."""
+    if bytes(told.mimoq) == NO_BODY_JSON:
+        return None
+    try:
+        return decode_about(told.mimoq, told.date_done, result)
+    except ValueError:
+        if status == "SUCCESS":
+            raise
+        return None
 
 
 def _raised(stored: dict[str, Any]) -> BaseException:

@@ -1,11 +1,14 @@
 -- Shared by the scripts that hand out jobs; not a script of its own. Needs common.lua.
 
 -- Leases jobs of one block of a batch to a worker of an account; returns the slice as `claim` does. The account that is the first to
--- have jobs of a batch is the batch's: results need not name it, each for itself.
+-- have jobs of a batch of several is the batch's: results need not name it, each for itself.
 local function hand_out(batch, indexes, worker, account, token, lease_s, crashes, alone)
   local claims, history, large = {}, {}, {}
-  if account ~= '' then redis.call('HSETNX', record(batch), 'account', account) end
   local b = redis.call('HMGET', record(batch), 'size', 'max_attempts', 'ttl', 'total', 'account')
+  if not b[5] and account ~= '' and b[4] ~= '1' then
+    b[5] = account
+    redis.call('HSET', record(batch), 'account', account)
+  end
   local size = tonumber(b[1])
   for i, index in ipairs(indexes) do
     claims[2 * i - 1], claims[2 * i] = index, token

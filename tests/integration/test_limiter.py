@@ -198,7 +198,9 @@ def _concurrency(url: str, data: st.DataObject, cap: int | None) -> None:
                 assert sum(map(len, flying.values())) <= most
                 assert lane == "interactive" or len(flying["bulk"]) <= bulks
             if grant.bound in ("window", "concurrency"):
-                left_free = len(refused - {lane})  # for the other one, who waits
+                left_free = (
+                    lane == "bulk" and "interactive" in refused
+                )  # one, for who waits; interactive leaves bulk none
                 full = sum(map(len, flying.values())) >= most - left_free
                 assert full or (lane == "bulk" and len(flying["bulk"]) >= bulks - left_free)
                 refused.add(lane)
@@ -380,8 +382,8 @@ def test_no_place_is_kept_that_nobody_could_use(store_url: str) -> None:
 class Worker:
     """One that asks for twice as many places as calls end, in the same step, and ten times a second besides."""
 
-    def __init__(self, driven: Driven, who: str, rng: random.Random) -> None:
-        self.driven, self.who, self.rng = driven, who, rng
+    def __init__(self, driven: Driven, who: str, rng: random.Random, lane: str = "bulk", most: int = 10**9) -> None:
+        self.driven, self.who, self.rng, self.lane, self.most = driven, who, rng, lane, most
         self.calls: list[tuple[float, Reservation]] = []
         self.looks_at = 0.0
         self.done = 0
@@ -393,7 +395,8 @@ class Worker:
         self.calls = [(end, item) for end, item in self.calls if end > self.driven.now]
         self.driven.settle_all(ended)
         self.done += len(ended)
-        grant = self.driven.reserve(*[1] * max(2 * len(ended), 10), who=self.who)
+        wanted = min(max(2 * len(ended), 10), self.most - len(self.calls))
+        grant = self.driven.reserve(*[1] * wanted, who=self.who, lane=self.lane)
         self.calls += [(self.driven.now + self.rng.uniform(0.2, 1.0), item) for item in grant.reservations]
         self.looks_at = self.driven.now + 0.1
 
@@ -426,6 +429,34 @@ def test_who_joins_while_others_have_all_places_gets_its_part(store_url: str) ->
         driven.settle_all([item for _, item in third.calls])
         flying = work(5, first, second)[200:]
         assert sum(flying) / len(flying) >= 39.5
+
+
+def test_bulk_takes_no_place_from_interactive_jobs(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=40) as driven:
+        driven.open_window()
+        driven.answering()
+        rng = random.Random(7)
+        answering = Worker(driven, "i", rng, "interactive", most=20)
+        bulk = [Worker(driven, who, rng) for who in "abcdefgh"]
+        for step in range(1_200):
+            answering.step()
+            for worker in bulk if step > 200 else ():
+                worker.step()
+            driven.now += 0.005
+            if step > 400:
+                assert len(answering.calls) >= 17, "those that have just ended are asked for again"
+        assert sum(len(worker.calls) for worker in bulk) >= 17
+
+
+def test_the_kept_place_is_left_free_for_nobody_of_bulk(store_url: str) -> None:
+    with Driven(store_url, max_in_flight=8) as driven:
+        driven.open_window()
+        driven.answering()
+        assert len(driven.reserve(*[1] * 20, who="a").reservations) == 7
+        for _ in range(30):
+            assert not driven.reserve(1, who="b").reservations
+            driven.now += 0.1
+        assert driven.reserve(1, who="i", lane="interactive").reservations
 
 
 def test_of_a_single_place_nobody_is_kept_out_for_long(store_url: str) -> None:

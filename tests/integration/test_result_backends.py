@@ -100,6 +100,17 @@ def test_what_is_written_twice_counts_once_and_the_last_write_stands(backend: Re
     assert [found is not None for found in backend.read(["a-0", "b-0"])] == [False, True]
 
 
+@on("file")
+def test_a_failure_beside_what_a_late_answer_left_is_read(backend: ResultBackend) -> None:
+    """Whose worker died between the two writes."""
+    body = b'{"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5},"model":"m"}'
+    backend.write([("a-0", failure("a-0")), ("a-1", success("a-1", body))])
+    inner = backend._backend  # type: ignore[attr-defined]
+    inner.set(inner.get_key_for_task("a-0.mimoq"), inner.get(inner.get_key_for_task("a-1.mimoq")))
+    found = one(backend, "a-0")
+    assert (found.status, found.mimoq) == ("FAILURE", None)
+
+
 @every
 def test_failures_go_and_answers_stay(backend: ResultBackend) -> None:
     packed = success_payload("a-1", b"{}", About("c", CHAT, USAGE, []), compress=backend.compressed)

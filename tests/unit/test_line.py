@@ -11,7 +11,7 @@ import pytest
 
 import worker.line
 from worker.limiter import Grant
-from worker.line import Lines
+from worker.line import Line, Lines
 
 REFUSED = Grant([], 0.1, "concurrency", "")
 
@@ -61,6 +61,15 @@ def test_a_line_whose_jobs_were_all_asked_for_elsewhere_asks_for_those_that_come
     monkeypatch.setattr(worker.line, "IDLE_S", 1_000.0)
 
     async def main() -> None:
+        looked = asyncio.Event()
+
+        async def pause(line: Line, seconds: float) -> bool:
+            if not line.jobs:
+                looked.set()  # and has nothing to ask for
+            return await wait(line, seconds)
+
+        wait = Line._pause
+        monkeypatch.setattr(Line, "_pause", pause)
         caller, limiter = FakeCaller(), FakeLimiter()
         lines = Lines(limiter, caller)  # type: ignore[arg-type]
         lines.add(job())
@@ -69,7 +78,7 @@ def test_a_line_whose_jobs_were_all_asked_for_elsewhere_asks_for_those_that_come
         asks = lines.asks({"m": 1})
         line = asks[0].line
         assert line.jobs == 0
-        await asyncio.sleep(0.05)  # the line looks, and has nothing to ask for
+        await looked.wait()
         line.answered(asks[0], REFUSED)
         lines.wake()
         for _ in range(more):

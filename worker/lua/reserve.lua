@@ -27,7 +27,8 @@
 -- lane: nobody else could use them.
 --
 -- Workers: who frees places asks for them in the same step, so one that joins, or has few, would never get any of a cap that is
--- full. So who is refused one leaves word how many it has; whoever would have more with the one it asks for leaves one free.
+-- full. So who is refused one leaves word how many it has; whoever would have more with the one it asks for leaves one free, but
+-- interactive jobs none for bulk.
 
 --!include adapt.lua
 --!include limits.lua
@@ -122,6 +123,7 @@ local held = tonumber(ARGV[8])
 -- Places that are left free for another worker.
 local function left_free()
   if (rec.want_c or 0) <= now or rec.want_c_by == ARGV[7] then return 0 end
+  if interactive and string.sub(rec.want_c_by, -4) == 'bulk' then return 0 end
   local starved = rec.want_c_n == 0 and now - rec.want_c_since >= STARVED_S
   return (held > rec.want_c_n or starved) and 1 or 0
 end
