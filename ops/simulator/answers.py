@@ -7,6 +7,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from ops.simulator.asks import CHARS_PER_TOKEN, Ask, Endpoint
@@ -116,7 +117,9 @@ def _text(config: Config, rng: Random, size: float) -> str:
     if config.text is not None:
         whole, length = read_text(config.text), max(1, round(size))
         start = rng.randrange(max(1, len(whole) - length))
-        return whole[start : start + length].strip()
+        piece = whole[start : start + length].strip()
+        written = len(msgspec.json.encode(piece)) - 2  # what JSON escapes takes two bytes
+        return piece[: math.ceil(len(piece) * min(1.0, size / written))]
     return "".join(rng.choices(_SENTENCES, k=max(1, round(size / _MEAN_BYTES)))).rstrip()
 
 
