@@ -16,7 +16,6 @@ import os
 import random
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from jobs.errors import MimoqError
 from jobs.openai_batches import OpenAIBatch
 from ops.bench.limits.report import Row, all_of, table
 from ops.bench.limits.stand import Broken, Stand
+from ops.bench.peak import Peak, now_mb
 from ops.simulator.asks import DEFAULT_MODEL
 from producers.service import Service
 
@@ -44,7 +44,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 CHUNK_BYTES = 1 << 18
 BOUNDARY = "mimoq-bench"
 #: Seconds between two looks at the memory, and that anything may take.
-SAMPLE_S, PATIENCE_S = 0.02, 900.0
+PATIENCE_S = 900.0
 SEED = 7
 ENDS = ("completed", "failed", "expired", "cancelled")
 
@@ -64,32 +64,6 @@ def main() -> int:
         return 1
     print(table("batches", rows))
     return 0
-
-
-class Peak:
-    """The most memory that a process has while this is open, in MB, and what it had before."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self._process = process
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self.start_mb = self.most_mb = self._rss_mb()
-
-    def _rss_mb(self) -> float:
-        return float(self._process.memory_info().rss / 1e6)
-
-    def _look(self) -> None:
-        with contextlib.suppress(psutil.Error):
-            while not self._over.wait(SAMPLE_S):
-                self.most_mb = max(self.most_mb, self._rss_mb())
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
 
 class Text:
@@ -191,7 +165,8 @@ def _large(bench: Bench, count: int) -> list[Row]:
     """From the upload to the last line of the output."""
     path = _written(bench.stand.folder / "large.jsonl", (_line(bench.text, n) for n in range(count)))
     mb = path.stat().st_size / 1e6
-    with Peak(bench.api) as peak:
+    before_mb = now_mb(bench.api)
+    with Peak(bench.api, now_mb) as peak:
         began = time.monotonic()
         file_id = bench.upload(path)
         uploaded_s = time.monotonic() - began
@@ -210,7 +185,7 @@ def _large(bench: Bench, count: int) -> list[Row]:
         Row("of that finalizing, s", "", f"{finalized_at - made.finished_at:.2f}"),
         all_of("lines of the output", lines, count),
         Row("the output read, MB a second", "", f"{read / 1e6 / read_s:,.0f} ({read / 1e6:.0f} MB)"),
-        _memory(peak),
+        _memory(peak, before_mb),
     ]
 
 
@@ -296,7 +271,8 @@ def _bad(bench: Bench, count: int, bad: int) -> list[Row]:
     wrong = {number: breaks[place % len(breaks)] for place, number in enumerate(numbers)}
     found = (wrong.get(n, str)(_line(bench.text, n)) for n in range(count))
     file_id = bench.upload(_written(bench.stand.folder / "bad.jsonl", found))
-    with Peak(bench.api) as peak:
+    before_mb = now_mb(bench.api)
+    with Peak(bench.api, now_mb) as peak:
         batch = bench.over(bench.create(file_id))
         shown = bench.ask("GET", f"/v1/batches/batch_{batch.batch_id}")
     told = [error["line"] for error in (shown["errors"] or {"data": []})["data"]]
@@ -310,7 +286,7 @@ def _bad(bench: Bench, count: int, bad: int) -> list[Row]:
             exact,
         ),
         Row("created → failed, s", "", f"{seconds:.2f}"),
-        _memory(peak),
+        _memory(peak, before_mb),
     ]
 
 
@@ -324,14 +300,15 @@ def _messages(bench: Bench, count: int) -> list[Row]:
     path = _written(bench.stand.folder / "messages.json", _enclosed('{"requests":[', parts, "]}"))
     mb = path.stat().st_size / 1e6
     headers = {"Content_Type": "application/json", "Content_Length": str(path.stat().st_size)}
-    with Peak(bench.api) as peak:
+    before_mb = now_mb(bench.api)
+    with Peak(bench.api, now_mb) as peak:
         began = time.monotonic()
         batch = bench.ask("POST", "/v1/messages/batches", _around(b"", path, b""), **headers)
         took_s = time.monotonic() - began
     return [
         all_of(f"message batch of {mb:.0f} MB: requests taken", batch["request_counts"]["processing"], count),
         Row("created, MB a second", "", f"{mb / took_s:,.0f} ({took_s:.1f} s)"),
-        _memory(peak),
+        _memory(peak, before_mb),
     ]
 
 
@@ -373,8 +350,8 @@ def _around(head: bytes, path: Path, tail: bytes) -> Iterator[bytes]:
     yield tail
 
 
-def _memory(peak: Peak) -> Row:
-    told = f"{peak.most_mb:.0f}, {peak.most_mb - peak.start_mb:.0f} more than before"
+def _memory(peak: Peak, before_mb: float) -> Row:
+    told = f"{peak.most_mb:.0f}, {peak.most_mb - before_mb:.0f} more than before"
     return Row("memory of the API meanwhile, at most, MB", f"< {MOST_MB}", told, peak.most_mb < MOST_MB)
 
 

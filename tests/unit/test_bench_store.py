@@ -7,13 +7,15 @@ import subprocess
 import sys
 from itertools import islice
 
+import psutil
 import pytest
 
 from ops.bench.limits.report import Row
 from ops.bench.limits.stand import Broken
+from ops.bench.peak import Peak, ever_mb
 from ops.bench.store import feed, report
 from ops.bench.store.bench import Spent, scaled
-from ops.bench.store.command import Peak, run
+from ops.bench.store.command import run
 from ops.bench.store.million import Window, beside, together
 from ops.bench.store.submitting import bytes_row
 from tests.waiting import wait_for
@@ -71,7 +73,7 @@ def test_the_peak_of_a_program_is_its_own_and_found_though_it_is_over() -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"done\n"
-        with Peak(child.pid) as peak:
+        with Peak(psutil.Process(child.pid), ever_mb) as peak:
             wait_for(lambda: peak.most_mb > 60, what="a peak that is past")
         child.communicate(b"\n")
     assert len(held) == 150_000_000
