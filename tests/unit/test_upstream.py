@@ -19,7 +19,7 @@ from jobs.settings import Settings
 from worker.outcome import Outcome, Usage
 from worker.request import BodyFields, address, prepare, wants_stream
 from worker.sse import ChatJoiner
-from worker.transport import find_proxy
+from worker.dialing import find_proxy
 from worker.upstream import Upstream
 from worker.verdict import Kind, classify
 
