@@ -23,7 +23,7 @@ from worker.drain import drain
 from worker.supervisor import Supervisor
 
 #: Threads of a worker process: each holds one ring while it waits for room and claims.
-THREADS = 4
+THREADS = 8
 #: Of a pipelines' process, where each message is one job.
 COMPLETE_THREADS = 8
 #: New objects after which garbage is looked for, and how often older ones are looked at too.

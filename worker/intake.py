@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -33,6 +34,16 @@ LATELY_S = 5.0
 LEAD_S = 0.5
 
 log = structlog.get_logger("worker.intake")
+
+
+@dataclass(eq=False, slots=True)
+class _Ring:
+    """A ring that is being answered: how many jobs it may still have, and the places of those it got."""
+
+    lane: str
+    left: int
+    places: list[tuple[str, int]] = field(default_factory=list)
+    answered: bool = False
 
 
 class Intake:
@@ -65,6 +76,8 @@ class Intake:
         self._claimed_at = 0.0
         self._looked_at = 0.0  # for new batches
         self._started_since = 2  # calls, since the last new batch
+        self._rings: list[_Ring] = []  # that are being answered
+        self._failing = False  # the store, when it was asked last
         self._changed = asyncio.Event()
         self.claiming = asyncio.Lock()  # held while a claim is on its way and what it brings is taken in
         self.stopping = False
@@ -102,31 +115,43 @@ class Intake:
 
         The batch and index of each are put into `claimed`.
         """
-        accepted = 0
-        warned = False
-        size = self._settings.slice_size
+        ring = _Ring(lane, self._settings.slice_size)
         end = time.monotonic() + RING_WAIT_S
-        while accepted < size and await self._wait_for_room(lane, end):
-            async with self.claiming:
-                wanted = min(self.room(lane), size - accepted)
-                if wanted <= 0 or self.stopping:
-                    continue
-                self._claimed_at = time.monotonic()
-                try:
-                    jobs = await self._claim(lane, wanted)
-                except (RedisError, OSError) as error:
-                    if not warned:
-                        log.warning("claim_failed", error=type(error).__name__)
-                    warned = True
-                    await asyncio.sleep(ASK_AGAIN_S)
-                    continue
-                await self._welcome(jobs)
-            accepted += len(jobs)
-            if claimed is not None:
-                claimed += ((job.batch_id, job.index) for job in jobs)
-            if len(jobs) < wanted:
-                break  # there are no more
-        return accepted
+        self._rings.append(ring)
+        try:
+            while not ring.answered and await self._wait_for_room(ring, end):
+                async with self.claiming:  # whoever has it claims for all that wait for it
+                    if not (ring.answered or self.stopping):
+                        await self._claim_for([other for other in self._rings if other.lane == lane])
+        finally:
+            self._rings.remove(ring)
+        if claimed is not None:
+            claimed += ring.places
+        return len(ring.places)
+
+    async def _claim_for(self, rings: list[_Ring]) -> None:
+        lane = rings[0].lane
+        wanted = min(self.room(lane), sum(ring.left for ring in rings))
+        if wanted <= 0:
+            return
+        self._claimed_at = time.monotonic()
+        try:
+            jobs = await self._claim(lane, wanted)
+        except (RedisError, OSError) as error:
+            if not self._failing:
+                log.warning("claim_failed", error=type(error).__name__)
+            self._failing = True
+            await asyncio.sleep(ASK_AGAIN_S)
+            return
+        self._failing = False
+        await self._welcome(jobs)
+        places = [(job.batch_id, job.index) for job in jobs]
+        for ring in rings:
+            taken, places = places[: ring.left], places[ring.left :]
+            ring.places += taken
+            ring.left -= len(taken)
+            ring.answered = not ring.left or len(jobs) < wanted  # there are no more
+        self._changed.set()
 
     async def _claim(self, lane: str, wanted: int, leads: bool = False) -> list[Job]:
         account = self._lines.limiter.account
@@ -134,9 +159,10 @@ class Intake:
             self._client, self._worker_id, lane, self._labels, wanted, leads=leads, account=account
         )
 
-    async def _wait_for_room(self, lane: str, end: float) -> bool:
-        """Whether there is room, waited for until the monotonic time `end`."""
-        while (left := end - time.monotonic()) > 0 and not self.stopping:
+    async def _wait_for_room(self, ring: _Ring, end: float) -> bool:
+        """Whether there is room, waited for until the monotonic time `end` or another ring's claim answers this one."""
+        lane = ring.lane
+        while (left := end - time.monotonic()) > 0 and not (self.stopping or ring.answered):
             target = self._target()
             # Room that comes in crumbs is let grow: each claim decompresses a block of requests.
             if self._room(lane, target) >= max(1, min(self._settings.slice_size, target // 4)):
