@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection: a request out, its response in, and the next when that has been read.
 
-Parsing is llhttp's (httptools). Without TLS nothing is read from the socket unless somebody waits for more: a body that
-nobody takes stays with the kernel, and the pieces of a stream come together. With TLS uvloop would forget what had come
-before the end of a connection that is paused, so there all is read; who reads a body takes it as it comes.
+Parsing is llhttp's (httptools). Nothing is read from the socket unless somebody waits for more, so that a body that
+nobody takes stays with the kernel, and the pieces of a stream come together. Where there is TLS it is the TCP below that
+pauses: uvloop's TLS forgets what it holds for a paused reader when the connection ends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._idle_s, self._waiting_since = 0.0, 0.0
-        self._asked = self._large = self._pauses = self._paused = False
+        self._asked = self._large = self._paused = False
+        self._wire: asyncio.Transport | None = None  # the transport, or the TCP below its TLS
         self._begin()
 
     def _begin(self) -> None:
@@ -62,11 +63,11 @@ class Connection(asyncio.Protocol):
         self._begin()
         self._asked, self._idle_s, self._large = True, idle_s, len(body) > LARGE_BYTES
         self._timer = self._loop.call_later(idle_s, self._look)
-        if self._large:
-            self._transport.writelines((head, body))
-        else:
-            self._transport.write(head + body)
         try:
+            if self._large:
+                self._transport.writelines((head, body))
+            else:
+                self._transport.write(head + body)
             while not self._status:
                 await self._more()
         except BaseException:
@@ -87,9 +88,9 @@ class Connection(asyncio.Protocol):
     async def _more(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._paused and self._transport is not None and not self._transport.is_closing():
+        if self._paused and self._wire is not None:
             self._paused = False
-            self._transport.resume_reading()
+            self._wire.resume_reading()
         self._waiting_since = self._loop.time()
         self._waiter = self._loop.create_future()
         try:
@@ -99,7 +100,8 @@ class Connection(asyncio.Protocol):
 
     def _look(self) -> None:
         """Has nothing come for too long? Looks again when that could be so: a timer a call is all it costs."""
-        waited = self._loop.time() - self._waiting_since if self._waiter is not None else 0.0
+        waits = self._waiter is not None and not self._waiter.done()
+        waited = self._loop.time() - self._waiting_since if waits else 0.0
         if waited >= self._idle_s:
             self._timer = None
             self._fail(httpx.ReadTimeout(f"nothing came for {self._idle_s:g} s"))
@@ -117,24 +119,29 @@ class Connection(asyncio.Protocol):
             return
         self._asked = False
         self._stop_looking()
-        transport = self._transport
-        if transport is None or transport.is_closing():
+        if self.closing or self._wire is None:
             return
-        unread = self._large and (self._status >= 300 or transport.get_write_buffer_size())
+        unread = self._wire.get_write_buffer_size() or (self._large and self._status >= 300)
         if self._complete and self._keep and not unread:
             self._freed(self)
         else:
             self.close()
 
-    def leave(self) -> asyncio.Transport:
-        """Gives its transport away: who asked the proxy for a way speaks TLS over it from now on."""
-        transport = self._transport
-        assert transport is not None
-        self._transport = None
+    @property
+    def closing(self) -> bool:
+        """Whether it is of no use any more."""
+        return self._wire is None or self._wire.is_closing() or self._transport is None or self._transport.is_closing()
+
+    def leave(self) -> tuple[asyncio.Transport, asyncio.Transport]:
+        """Gives its transport and its TCP away: who asked the proxy for a way speaks TLS over it from now on."""
+        transport, wire = self._transport, self._wire
+        if transport is None or wire is None:
+            raise ConnectionResetError("the proxy closed the connection")
+        self._transport = self._wire = self._parser = None
         self.release()
         if self._paused:
-            transport.resume_reading()
-        return transport
+            wire.resume_reading()
+        return transport, wire
 
     def close(self) -> None:
         """Closes the connection, whatever it does; it is lost at once."""
@@ -156,10 +163,14 @@ class Connection(asyncio.Protocol):
     # -- what the loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none of asyncio's
-        self._pauses = transport.get_extra_info("sslcontext") is None
+        self._transport = self._wire = cast("asyncio.Transport", transport)  # uvloop's are none of asyncio's
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(**_FORGIVEN)
+
+    def secured(self, transport: asyncio.Transport, wire: asyncio.Transport) -> None:
+        """The same, for TLS over a TCP connection."""
+        self.connection_made(transport)
+        self._wire = wire
 
     def data_received(self, data: bytes) -> None:
         if not self._asked or self._parser is None or self._transport is None:
@@ -176,9 +187,9 @@ class Connection(asyncio.Protocol):
                 self._fail(httpx.RemoteProtocolError("no HTTP response"))
         if not self._status and self._head_bytes > MAX_HEAD_BYTES:
             self._fail(httpx.RemoteProtocolError(f"over {MAX_HEAD_BYTES} bytes of header"))
-        if self._pauses and not self._complete and not self._transport.is_closing():
+        if not self._complete and self._wire is not None:
             self._paused = True
-            self._transport.pause_reading()
+            self._wire.pause_reading()
         self._wake()
 
     def eof_received(self) -> None:
@@ -188,7 +199,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc)
         self._stop_looking()
-        self._transport = self._parser = None  # which holds this connection
+        self._transport = self._wire = self._parser = None  # which holds this connection
         self._lost(self)
 
     def _end(self, error: Exception | None) -> None:
@@ -203,7 +214,10 @@ class Connection(asyncio.Protocol):
 
     def _bounded(self) -> bool:
         """Whether the header says where the body ends; otherwise its end is that of the connection."""
-        return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
+        return any(
+            name.lower() == b"content-length" or (name.lower() == b"transfer-encoding" and b"chunked" in value.lower())
+            for name, value in self._headers
+        )
 
     # -- what the parser calls
 

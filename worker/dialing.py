@@ -31,7 +31,13 @@ class Dialer:
 
     def __init__(self, base_url: str) -> None:
         self._url = httpx.URL(base_url)
-        self._proxy = find_proxy(base_url)
+        self._proxy: httpx.Proxy | None = None
+        self._wrong = ""  # with the proxy that is named: each call says so
+        try:
+            self._proxy = find_proxy(base_url)
+        except httpx.ProxyError as error:
+            self._wrong = str(error)
+        self._dialled = 0
         self._resolving: asyncio.Task[Sequence[AddrInfoType]] | None = None
         self._resolved_at = 0.0
         host = b"Host: %s\r\n" % self._url.netloc
@@ -48,34 +54,38 @@ class Dialer:
         """A new connection. Raises `httpx.ConnectError`, `httpx.ConnectTimeout` or `httpx.ProxyError`; nothing was sent."""
         try:
             async with asyncio.timeout(timeout_s):
+                if self._wrong:
+                    raise httpx.ProxyError(self._wrong)
                 if self._proxy is None:
                     return await self._connect(self._url, connection)
-                if self._proxy.url.scheme not in _PORTS:
-                    raise httpx.ProxyError(f"a proxy must be http:// or https://, not {self._proxy.url.scheme}://")
                 if self._url.scheme == "http":
                     return await self._connect(self._proxy.url, connection)
                 return await self._tunnel(self._proxy, connection, timeout_s)
-        except TimeoutError as error:
-            raise httpx.ConnectTimeout(f"no connection within {timeout_s:g} s") from error
+        except TimeoutError:
+            raise httpx.ConnectTimeout(f"no connection within {timeout_s:g} s") from None
         except OSError as error:  # those of TLS are some
             raise httpx.ConnectError(str(error)) from error
 
     async def _connect(self, url: httpx.URL, connection: Callable[[], Connection]) -> Connection:
         loop = asyncio.get_running_loop()
         addresses = await self._addresses(url)
-        sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S, loop=loop)
+        self._dialled += 1  # each begins with the next address, so that all of them get some
+        turn = self._dialled % len(addresses)
+        sock = await start_connection(
+            [*addresses[turn:], *addresses[:turn]], happy_eyeballs_delay=NEXT_ADDRESS_S, loop=loop
+        )
         made = connection()
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # answers take minutes, and gateways forget
             if url.scheme == "http":
                 await loop.create_connection(lambda: made, sock=sock)
-            else:
-                host = url.raw_host.decode()
-                await loop.create_connection(lambda: made, sock=sock, ssl=_tls(), server_hostname=host)
+                return made
+            wire, _ = await loop.create_connection(asyncio.Protocol, sock=sock)
         except BaseException:
             made.close()
             sock.close()
             raise
+        await _secure(made, wire, wire, url.raw_host.decode())
         return made
 
     async def _addresses(self, url: httpx.URL) -> Sequence[AddrInfoType]:
@@ -111,15 +121,23 @@ class Dialer:
             response = await outer.ask(head, b"", timeout_s)
             if not response.is_success:
                 raise httpx.ProxyError(f"the proxy refused the way to the upstream with status {response.status_code}")
-            loop = asyncio.get_running_loop()
-            transport = await loop.start_tls(outer.leave(), inner, _tls(), server_hostname=host)
-            if transport is None or transport.is_closing():  # uvloop says nothing of an end during the handshake
-                raise ConnectionResetError("the proxy ended the connection")
-            inner.connection_made(transport)
+            await _secure(inner, *outer.leave(), host)
         except BaseException:
             outer.close()
             raise
         return inner
+
+
+async def _secure(made: Connection, below: asyncio.Transport, wire: asyncio.Transport, host: str) -> None:
+    """TLS over a transport that is TCP or stands on it."""
+    try:
+        transport = await asyncio.get_running_loop().start_tls(below, made, _tls(), server_hostname=host)
+        if transport is None or transport.is_closing():  # uvloop says nothing of an end during the handshake
+            raise ConnectionResetError("the connection was closed")
+    except BaseException:
+        wire.abort()
+        raise
+    made.secured(transport, wire)
 
 
 def _heard(task: asyncio.Task[Any]) -> None:
@@ -138,7 +156,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def find_proxy(base_url: str) -> httpx.Proxy | None:
-    """The proxy that the environment names for this address, looked up once."""
+    """The proxy that the environment names for this address. Raises `httpx.ProxyError` for one of another kind."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
     if is_loopback(host) or urllib.request.proxy_bypass(host):
@@ -152,4 +170,6 @@ def find_proxy(base_url: str) -> httpx.Proxy | None:
     if proxy.username:
         pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    if proxy.scheme not in _PORTS:
+        raise httpx.ProxyError(f"a proxy must be http:// or https://, not {proxy.scheme}://")
     return httpx.Proxy(urlunsplit((proxy.scheme, proxy.netloc.rpartition("@")[2], "", "", "")), headers=headers)

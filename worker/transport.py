@@ -33,12 +33,19 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeout = request.extensions["timeout"]
-        connection = self._idle.popitem()[0] if self._idle else await self._open(timeout["pool"])
+        connection = self._kept() or await self._open(timeout["pool"])
         request.extensions["connected"] = True
         body = request.content
         lines = b"".join([b"%s: %s\r\n" % pair for pair in request.headers.raw])
         head = self._dialer.head(request.method, request.url.raw_path)
         return await connection.ask(b"%s%sContent-Length: %d\r\n\r\n" % (head, lines, len(body)), body, timeout["read"])
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if not connection.closing:  # else it is about to be told
+                return connection
+        return None
 
     async def _open(self, timeout_s: float) -> Connection:
         connection = await self._dialer.dial(lambda: Connection(self._freed, self._lost), timeout_s)
