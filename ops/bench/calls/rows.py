@@ -39,8 +39,8 @@ ROWS = (
     Row("celery-post", "plain Celery, gevent, defaults, httpx.post in each task", runs.celery("post"), (20, 50), 14),
     Row("celery", "the same, one httpx.Client for all", runs.celery("plain"), (50, 100, 200), 85),
     Row("celery-tuned", "the same, tuned", runs.celery("tuned"), (100, 200, 400), 250),
-    Row("mimoq", "mimoq bulk, 1 worker", runs.bulk(), (500, 1000), 1200),
-    Row("mimoq-2", "mimoq bulk, 2 workers", runs.bulk(workers=2), (500, 1000), 1500),
+    Row("mimoq", "mimoq bulk, 1 worker", runs.bulk(), (500, 1000, 1500), 1800),
+    Row("mimoq-2", "mimoq bulk, 2 workers", runs.bulk(workers=2), (1000, 1500), 2000),
     Row("held", f"mimoq bulk, 1 worker of {HELD} in flight", runs.bulk(held=True), (HELD,), 480),
     Row("held-2", f"mimoq bulk, 2 workers of {HELD} in flight", runs.bulk(workers=2, held=True), (HELD,), 900),
     Row(
