@@ -88,15 +88,18 @@ class Connection(asyncio.Protocol):
     async def _more(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._paused and self._wire is not None:
-            self._paused = False
-            self._wire.resume_reading()
+        self._read_on()
         self._waiting_since = self._loop.time()
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+
+    def _read_on(self) -> None:
+        if self._paused and self._wire is not None:
+            self._paused = False
+            self._wire.resume_reading()
 
     def _look(self) -> None:
         """Has nothing come for too long? Looks again when that could be so: a timer a call is all it costs."""
@@ -123,6 +126,7 @@ class Connection(asyncio.Protocol):
             return
         unread = self._wire.get_write_buffer_size() or (self._large and self._status >= 300)
         if self._complete and self._keep and not unread:
+            self._read_on()  # else it would not hear of its end
             self._freed(self)
         else:
             self.close()

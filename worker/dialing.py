@@ -76,7 +76,7 @@ class Dialer:
         )
         made = connection()
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # answers take minutes, and gateways forget
+            _keep_alive(sock)
             if url.scheme == "http":
                 await loop.create_connection(lambda: made, sock=sock)
                 return made
@@ -126,6 +126,14 @@ class Dialer:
             outer.close()
             raise
         return inner
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Answers take minutes in which nothing is said, and gateways forget who is silent."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def _secure(made: Connection, below: asyncio.Transport, wire: asyncio.Transport, host: str) -> None:

@@ -23,6 +23,8 @@ from worker.line import ASK_AGAIN_S, Lines
 
 #: Seconds a ring waits for room, and gathers jobs, before it is dropped.
 RING_WAIT_S = 60.0
+#: Jobs in one claim: one script, one reply.
+CLAIM = 200
 #: While every known model is shut, so many jobs are claimed so often, to see whether there are others.
 OTHERS = 5
 OTHERS_S = 1.0
@@ -122,7 +124,7 @@ class Intake:
             while not ring.answered and await self._wait_for_room(ring, end):
                 async with self.claiming:  # whoever has it claims for all that wait for it
                     if not (ring.answered or self.stopping):
-                        await self._claim_for([other for other in self._rings if other.lane == lane])
+                        await self._claim_for([it for it in self._rings if it.lane == lane and not it.answered])
         finally:
             self._rings.remove(ring)
         if claimed is not None:
@@ -131,7 +133,8 @@ class Intake:
 
     async def _claim_for(self, rings: list[_Ring]) -> None:
         lane = rings[0].lane
-        wanted = min(self.room(lane), sum(ring.left for ring in rings))
+        most = max(CLAIM, self._settings.slice_size)
+        wanted = min(self.room(lane), sum(ring.left for ring in rings), most)
         if wanted <= 0:
             return
         self._claimed_at = time.monotonic()
@@ -146,7 +149,7 @@ class Intake:
         self._failing = False
         await self._welcome(jobs)
         places = [(job.batch_id, job.index) for job in jobs]
-        for ring in rings:
+        for ring in (it for it in rings if it in self._rings):  # one may have gone meanwhile: its time was over
             taken, places = places[: ring.left], places[ring.left :]
             ring.places += taken
             ring.left -= len(taken)
@@ -185,7 +188,7 @@ class Intake:
     async def _lead(self, lane: str) -> None:
         """Claims the first job of a new batch, whatever waits here already."""
         async with self.claiming:
-            if self.stopping or not self._may_lead(lane):  # another ring was first
+            if self.stopping or self.withdrawn or not self._may_lead(lane):  # another ring was first
                 return
             self._looked_at = time.monotonic()
             try:

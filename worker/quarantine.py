@@ -67,6 +67,8 @@ class Quarantine:
         try:
             while await self._empty():
                 async with engine.intake.claiming:
+                    if len(engine.holding):  # of a claim that was on its way
+                        continue
                     jobs = await self._claim()
                     await engine.welcome(jobs)
                 if not jobs:

@@ -99,7 +99,7 @@ local function exhausted(batch)
     and #redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '-inf', stamp(at), 'LIMIT', 0, 1) == 0)
 end
 
-local got, rounds = 0, 0
+local got, rounds = 0, 0  -- rounds that brought nothing
 
 local function hand(batch, indexes, crashes)
   got = got + #indexes
@@ -143,7 +143,6 @@ for i = 2, #KEYS do waiting = waiting + redis.call('ZCARD', KEYS[i]) end
 -- With others, if there are to be others: however many new batches come, what is older goes on.
 if ARGV[5] == '1' or wanted > 1 then hand_lead() end
 while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
-  rounds = rounds + 1
   local lane, batch, score
   for i = 2, #KEYS do
     local head = redis.call('ZRANGE', KEYS[i], 0, 0, 'WITHSCORES')
@@ -154,6 +153,7 @@ while ARGV[5] ~= '1' and got < wanted and rounds < 200 do
   if not batch then break end
   local indexes, crashes = take(batch, wanted - got)
   if #indexes == 0 then
+    rounds = rounds + 1
     if exhausted(batch) then redis.call('ZREM', lane, batch) end
   else
     began = began or score

@@ -16,7 +16,7 @@ import worker.flusher
 import worker.intake
 import worker.limiter
 import worker.line
-from jobs import keys
+from jobs import keys, leases
 from jobs.gates import account_gate as gate_of
 from jobs.gates import open_gate
 from jobs.requests import CHAT, Request, make_request
@@ -222,6 +222,25 @@ async def test_rings_together_do_not_overbook(store_url: str) -> None:
         assert len(stand.engine.holding) in (20, 21)
         stand.engine.intake.stop()
         assert sum(await asyncio.gather(*rings)) in (20, 21)
+
+
+@in_loop
+async def test_rings_that_wait_are_answered_by_one_claim(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, wanted = leases.claim, []
+
+    async def noted(*args: Any, **given: Any) -> list[leases.Job]:
+        wanted.append(args[4])
+        return await claim(*args, **given)
+
+    monkeypatch.setattr(leases, "claim", noted)
+    async with standing(store_url, FakeUpstream(hold=True)) as stand:
+        batches = {stand.submit(1) for _ in range(230)}
+        stand.engine.intake.started(500)  # so there is room for as many
+        places: list[list[tuple[str, int]]] = [[] for _ in range(5)]
+        accepted = await asyncio.gather(*(stand.engine.ring("bulk", each) for each in places))
+        assert wanted == [50, 200]
+        assert accepted == [len(each) for each in places] == [50, 50, 50, 50, 30]
+        assert {batch_id for each in places for batch_id, _ in each} == batches
 
 
 @in_loop
