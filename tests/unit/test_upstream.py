@@ -16,10 +16,10 @@ import pytest
 
 import worker.upstream
 from jobs.settings import Settings
+from worker.dialing import find_proxy
 from worker.outcome import Outcome, Usage
 from worker.request import BodyFields, address, prepare, wants_stream
 from worker.sse import ChatJoiner
-from worker.dialing import find_proxy
 from worker.upstream import Upstream
 from worker.verdict import Kind, classify
 
