@@ -7,12 +7,12 @@ means fetching 50 large ones.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
+from jobs.compression import deflated, inflated
 from jobs.requests import CHAT, MESSAGES, Request
 
 LARGE_BYTES = 64 * 1024
@@ -48,25 +48,25 @@ def encode_blocks(requests: Iterable[Request], size: int) -> Iterator[tuple[dict
     for request in requests:
         entry = _entry(request)
         if len(request.body) > LARGE_BYTES:
-            fields[f"r{number * size + len(entries)}"] = zlib.compress(_encode(entry), LEVEL)
+            fields[f"r{number * size + len(entries)}"] = deflated(_encode(entry), LEVEL)
             entries.append(0)
         else:
             entries.append(entry)
         if len(entries) == size:
-            fields[str(number)] = zlib.compress(_encode(entries), LEVEL)
+            fields[str(number)] = deflated(_encode(entries), LEVEL)
             yield fields, size
             entries, fields, number = [], {}, number + 1
     if entries:
-        fields[str(number)] = zlib.compress(_encode(entries), LEVEL)
+        fields[str(number)] = deflated(_encode(entries), LEVEL)
         yield fields, len(entries)
 
 
 def decode_block(block: bytes) -> list[Request | None]:
     """The requests of a block; None stands for a large one, which has a field of its own."""
-    entries: list[Any] = _decode_block(zlib.decompress(block))
+    entries: list[Any] = _decode_block(inflated(block))
     return [None if isinstance(entry, int) else _request(entry) for entry in entries]
 
 
 def decode_large(field: bytes) -> Request:
     """The request of a field `r<index>`."""
-    return _request(_decode_entry(zlib.decompress(field)))
+    return _request(_decode_entry(inflated(field)))
