@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
+import deflate
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -40,3 +42,44 @@ def test_nothing_is_no_data() -> None:
     assert inflated(deflated(b"", 6)) == b""
     with pytest.raises(zlib.error):
         inflated(b"")
+
+
+TEXT = random.Random(7).randbytes(2_000).hex().encode()
+
+
+@pytest.mark.parametrize("times", [1, 10, 100])
+def test_libdeflate_reads_text_and_texts_that_are_alike(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = deflated(TEXT * times, 8)
+    monkeypatch.setattr("jobs.compression.zlib.decompress", lambda data: pytest.fail("zlib read it"))
+    assert inflated(packed) == TEXT * times
+
+
+def test_no_more_room_is_asked_for_than_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The binding takes 2**32 for 0, and answers that with nothing at all."""
+    rooms: list[int] = []
+    real = deflate.zlib_decompress
+
+    def asked(data: bytes, room: int) -> bytearray:
+        rooms.append(room)
+        return real(data, room)
+
+    packed = deflated(TEXT * 100, 8)
+    monkeypatch.setattr("jobs.compression.deflate.zlib_decompress", asked)
+    monkeypatch.setattr("jobs.compression._MOST", 32 * len(packed))
+    assert inflated(packed) == TEXT * 100
+    assert rooms == [4 * len(packed), 32 * len(packed)]
+
+
+def test_where_memory_for_the_room_is_short_zlib_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(data: bytes, room: int) -> bytearray:
+        raise MemoryError
+
+    packed = deflated(TEXT, 8)
+    monkeypatch.setattr("jobs.compression.deflate.zlib_decompress", short)
+    assert inflated(packed) == TEXT
+
+
+def test_a_higher_level_makes_it_smaller() -> None:
+    words = random.Random(7)
+    text = b" ".join(words.choice([b"store", b"engine", b"limiter", b"lease", b"queue"]) for _ in range(2_000))
+    assert len(deflated(text, 9)) < len(deflated(text, 1)) < len(text)
