@@ -7,12 +7,12 @@ millions of errors. Union tags stand in `<>`, which tells them from field names 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_TOKENS: Final = 131_072
+from jobs.usual import MAX_TOKENS
 
 # The default of a field that may be left out but must not be null.
 ABSENT: Any = None

@@ -45,15 +45,16 @@ def asked(client: Any, command: str = "evalsha") -> int:
 
 
 class Looks:
-    """Counts how often each job is looked at."""
+    """Counts how often each job has been looked at: only a look that is over can't see an end any more."""
 
     def __init__(self, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: Counter[str] = Counter()
         look = core.look
 
         async def counted(caller: Any, job: str) -> JobLook:
+            found = await look(caller, job)
             self.of[job] += 1
-            return await look(caller, job)
+            return found
 
         monkeypatch.setattr(core, "look", counted)
 
