@@ -14,6 +14,10 @@ import structlog
 from jobs.leases import Job
 from worker.run import Run
 
+#: Seconds that jobs which have not been called stay behind a time that others were told to come back at: these come with a
+#: jitter (half a second after a first call), and would else wait for all that was seen to meanwhile.
+BEHIND_S = 0.6
+
 log = structlog.get_logger("worker.holding")
 
 
@@ -58,11 +62,12 @@ class Holding:
             self._write_back(run, wait_s)
 
     def give_back(self, which: Callable[[Run], bool], least_s: float = 0.0) -> None:
-        """Hands back those of the jobs that are not in flight; a retry keeps the rest of its wait."""
+        """Hands back those of the jobs that are not in flight; a retry keeps the rest of its wait and goes first."""
         now = time.monotonic()
         for run in list(self._runs.values()):
             if not run.over and not run.flying and which(run):
-                self.hand_back(run, max(least_s, run.ready_at - now))
+                behind_s = BEHIND_S if least_s and not run.attempts else 0.0
+                self.hand_back(run, max(least_s + behind_s, run.ready_at - now))
 
     def lose(self, tokens: set[str]) -> int:
         """Somebody else has these slices; returns how many jobs that concerns."""
