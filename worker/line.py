@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 
 from jobs.leases import Job
 from jobs.scripts import Call
+from worker.holding import BEHIND_S
 from worker.limiter import Grant, Limiter, Reservation
 from worker.run import Run
 
@@ -31,6 +32,8 @@ LOOK_S = 1.0
 #: Jobs are given back when their account is shut, or their model, for longer than this.
 ACCOUNT_SHUT_S = 1.5
 MODEL_SHUT_S = 10.0
+#: Seconds after a gate when jobs have come back that had been called before it shut, and those that had not.
+LOOKS_S = (BEHIND_S - 0.05, BEHIND_S + 0.1)
 #: Seconds that nothing is claimed after a probe has gone out.
 PROBE_S = 0.5
 #: Seconds after which a line without jobs ends.
@@ -222,6 +225,7 @@ class Line:
         self._grant = NOTHING  # the last
         self._full = False  # this worker, by what was asked for last
         self.shut_until = 0.0
+        self._looks: list[float] = []  # when to look, after a gate, for what is given back; nobody rings for it
         self.bound = ""  # what holds it back, for people: a limit, the reason of a gate, or nothing
         self._lines = lines
         self._caller = lines.caller
@@ -253,6 +257,13 @@ class Line:
                     self.shut_until = 0.0
                     if now >= self._lines.gate_until:
                         self._lines.gate_until = 0.0
+                    self._caller.look(self.lane)
+                    self._looks = [now + seconds for seconds in LOOKS_S]
+                continue
+            if not self.jobs and self._looks:
+                await self._pause(max(self._looks[0] - time.monotonic(), 0.01))
+                if not self.jobs and self._looks and time.monotonic() >= self._looks[0]:
+                    self._looks.pop(0)
                     self._caller.look(self.lane)
                 continue
             if not self.jobs:

@@ -138,6 +138,8 @@ local function go_on(score, waiting)
   end
 end
 
+-- With batches whose retries have come due since the last round of the reaper; of all lanes, so a few more than are wanted.
+wake_due(stamp(at), math.min(wanted + 10, 100))
 local waiting, began = 0, nil
 for i = 2, #KEYS do waiting = waiting + redis.call('ZCARD', KEYS[i]) end
 -- With others, if there are to be others: however many new batches come, what is older goes on.

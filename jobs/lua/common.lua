@@ -289,6 +289,21 @@ local function is_gone(batch)
   return true
 end
 
+-- Up to `most` batches with a retry that is due have ready work; returns how many.
+local function wake_due(at, most)
+  local due = redis.call('ZRANGEBYSCORE', prefix .. 'due', '-inf', at, 'LIMIT', 0, most)
+  for _, batch in ipairs(due) do
+    if not is_gone(batch) then wake(batch) end
+    local next = redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '(' .. at, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+    if #next > 0 then
+      redis.call('ZADD', prefix .. 'due', next[2], batch)
+    else
+      redis.call('ZREM', prefix .. 'due', batch)
+    end
+  end
+  return #due
+end
+
 -- A job that may kill whoever calls it: it is called where nothing else runs. `suspects` remembers it, with the crashes it
 -- was alone at.
 local function quarantine(batch, index)

@@ -85,7 +85,7 @@ local function judge(batch, index, called)
   end
 end
 
-local leases, taken, woken = 0, 0, 0
+local leases, taken = 0, 0
 local most = now_ < patient_until and 0 or tonumber(ARGV[1])
 for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', at, 'LIMIT', 0, most)) do
   local key = prefix .. 'lease:' .. token
@@ -121,16 +121,7 @@ for _, token in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', a
   redis.call('ZREM', prefix .. 'leases', token)
 end
 
-for _, batch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'due', '-inf', at, 'LIMIT', 0, ARGV[2])) do
-  woken = woken + 1
-  if not is_gone(batch) then wake(batch) end
-  local next = redis.call('ZRANGEBYSCORE', of(batch, 'retries'), '(' .. at, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  if #next > 0 then
-    redis.call('ZADD', prefix .. 'due', next[2], batch)
-  else
-    redis.call('ZREM', prefix .. 'due', batch)
-  end
-end
+local woken = wake_due(at, ARGV[2])
 
 for _, batch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'deadlines', '-inf', at, 'LIMIT', 0, 100)) do
   expire_if_due(batch, now_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from worker import reaper as module
 from worker.reaper import FIRST_PATIENCE_S, LOCK_S, Reaper
 
 SHORT_S = 0.02
+#: Longer than any test.
+LATER_S = 600.0
 
 
 class FakeBell:
@@ -300,17 +303,48 @@ def test_a_round_is_bounded_however_many_batches_are_closing(
     reaping(store_url, work)
 
 
+def come_due(store: Store, batch_id: str, *indexes: int) -> None:
+    """Has the time of these retries come."""
+    for index in indexes:
+        store.client.zadd(keys.retries(batch_id), {str(index): 1.0})
+    store.client.zadd(keys.DUE, {batch_id: 1.0})
+
+
 def test_due_retries_are_woken(store: Store, store_url: str) -> None:
     batch_id, *_ = store.submit(requests(1), NewBatch())
     (job,) = run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url)
-    run(lambda client: leases.give_back(client, batch_id, [leases.Back(job, SHORT_S)]), store_url)
+    run(lambda client: leases.give_back(client, batch_id, [leases.Back(job, LATER_S)]), store_url)
     assert run(lambda client: leases.claim(client, "w", "bulk", [""], 1), store_url) == []
-    wait_until(store.client, redis_time(store.client) + SHORT_S)
+    come_due(store, batch_id, 0)
 
     async def work(make: Any, client: Any) -> None:
         await turn(make("w"))
 
     assert reaping(store_url, work).rung == [(batch_id, "bulk", "", 1)]
+
+
+def test_who_claims_wakes_retries_that_have_come_due_since_the_last_round(store: Store, store_url: str) -> None:
+    batch_id, *_ = store.submit(requests(3), NewBatch())
+    jobs = run(lambda client: leases.claim(client, "w", "bulk", [""], 3), store_url)
+    run(lambda client: leases.give_back(client, batch_id, [leases.Back(job, LATER_S) for job in jobs]), store_url)
+    assert run(lambda client: leases.claim(client, "w", "bulk", [""], 3), store_url) == []
+    come_due(store, batch_id, 0, 1)
+    found = run(lambda client: leases.claim(client, "w", "bulk", [""], 3), store_url)
+    assert sorted(job.index for job in found) == [0, 1]
+    # The other one's time stands where theirs had stood.
+    assert store.client.zscore(keys.DUE, batch_id) == store.client.zscore(keys.retries(batch_id), "2")
+
+
+def test_a_claim_wakes_as_many_singles_as_it_wants(store: Store, store_url: str) -> None:
+    batches = [store.submit(requests(1), NewBatch())[0] for _ in range(40)]
+    jobs = run(lambda client: leases.claim(client, "w", "bulk", [""], 40), store_url)
+    for job in jobs:
+        back = leases.Back(job, LATER_S)
+        run(functools.partial(leases.give_back, batch_id=job.batch_id, backs=[back]), store_url)
+    for batch_id in batches:
+        come_due(store, batch_id, 0)
+    found = run(lambda client: leases.claim(client, "w", "bulk", [""], 40), store_url)
+    assert sorted(job.batch_id for job in found) == sorted(batches)
 
 
 def test_it_goes_on_when_redis_is_back(store: Store, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -88,5 +89,76 @@ def test_a_line_whose_jobs_were_all_asked_for_elsewhere_asks_for_those_that_come
         for task in caller.tasks:
             task.cancel()
         await asyncio.gather(*caller.tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stirred", [False, True], ids=["alone", "beside others"])
+def test_once_a_gate_is_over_it_looks_for_what_comes_back_and_for_what_comes_behind(
+    monkeypatch: pytest.MonkeyPatch, stirred: bool
+) -> None:
+    monkeypatch.setattr(worker.line, "LOOKS_S", (0.02, 0.04))
+    monkeypatch.setattr(worker.line, "IDLE_S", 0.01)
+
+    async def main() -> None:
+        caller, limiter = FakeCaller(), FakeLimiter()
+        lines = Lines(limiter, caller)  # type: ignore[arg-type]
+        line = Line("m", "interactive", lines)
+        lines._lines["m", "interactive"] = line
+        looks: list[float] = []
+        third = asyncio.Event()
+
+        def look(lane: str) -> None:
+            looks.append(time.monotonic())
+            if len(looks) == 3:
+                third.set()
+
+        caller.look = look  # type: ignore[attr-defined]
+        ends = line.shut_until = time.monotonic() + 0.01
+
+        async def stir() -> None:
+            while True:
+                lines.wake()  # by what other lines settle
+                await asyncio.sleep(0.001)
+
+        other = asyncio.create_task(stir()) if stirred else None
+        life = asyncio.create_task(line.live())
+        await asyncio.wait_for(third.wait(), 10.0)
+        if other is not None:
+            other.cancel()
+        await asyncio.wait_for(life, 10.0)  # without jobs it ends
+        assert len(looks) == 3
+        assert all(look >= ends + behind_s for look, behind_s in zip(looks, (0.0, 0.02, 0.04), strict=True))
+
+    asyncio.run(main())
+
+
+def test_jobs_that_come_first_do_not_keep_it_from_looking_for_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.line, "LOOKS_S", (0.02,))
+    monkeypatch.setattr(worker.line, "ASK_AGAIN_S", 0.01)
+
+    async def main() -> None:
+        caller, limiter = FakeCaller(), FakeLimiter()
+        lines = Lines(limiter, caller)  # type: ignore[arg-type]
+        line = Line("m", "interactive", lines)
+        lines._lines["m", "interactive"] = line
+        looks: list[int] = []
+        again = asyncio.Event()
+
+        def look(lane: str) -> None:
+            looks.append(line.jobs)
+            if len(looks) == 1:
+                lines.add(job())
+            else:
+                again.set()
+
+        caller.look = look  # type: ignore[attr-defined]
+        line.shut_until = time.monotonic() + 0.01
+        life = asyncio.create_task(line.live())
+        await asyncio.wait_for(limiter.asked.wait(), 10.0)
+        assert len(looks) == 1
+        line.waiting.clear()  # it has been called
+        await asyncio.wait_for(again.wait(), 10.0)
+        life.cancel()
 
     asyncio.run(main())
