@@ -25,7 +25,9 @@ def inflated(data: bytes) -> bytes:
             break
         try:
             return bytes(deflate.zlib_decompress(data, room * len(data)))
-        except (deflate.DeflateError, MemoryError):
+        except deflate.DeflateError:
             continue
+        except MemoryError:
+            break
     # It is more than there was room for, or spoilt, and zlib says in known words how.
     return zlib.decompress(data)

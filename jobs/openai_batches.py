@@ -7,13 +7,13 @@ what to validate and what to finalize (`api.openai.clerk`). In between it is a b
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 from jobs import keys
 from jobs.batches import BatchStatus, ask, told
+from jobs.compression import deflated, inflated
 from jobs.connections import redis_errors
 from jobs.cursors import Asked, page
 from jobs.errors import Conflict, NotFound
@@ -25,6 +25,8 @@ from jobs.submission import made_digest
 LEASE_S = 30.0
 #: Tenants looked at, in search of one that has not enough under work.
 LOOKED_AT = 1_000
+#: Of libdeflate, for the errors of an input: seldom written, and kept for weeks.
+ERRORS_LEVEL = 9
 
 #: What a look reads of a record; its errors, which may be long, are read where they are shown.
 _FIELDS = (
@@ -224,7 +226,7 @@ def made(client: Any, batch_id: str, model: str) -> None:
 def fail(client: Any, batch_id: str, word: Literal["failed", "cancelled"], errors: bytes, kept_s: int) -> None:
     """Ends one that never was a batch; `errors` is the JSON of why."""
     with redis_errors():
-        packed = zlib.compress(errors) if errors else b""
+        packed = deflated(errors, ERRORS_LEVEL) if errors else b""
         _fail(client, [keys.PREFIX], [batch_id, word, packed, kept_s, len(errors)])
 
 
@@ -239,7 +241,7 @@ def errors_of(client: Any, batch_id: str) -> bytes:
     """The JSON of its errors, b'' for none."""
     with redis_errors():
         packed = client.hget(keys.openai(batch_id), "errors")
-    return zlib.decompress(packed) if packed else b""
+    return inflated(packed) if packed else b""
 
 
 def output_deleted(client: Any, batch_id: str) -> None:

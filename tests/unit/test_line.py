@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +93,16 @@ def test_a_line_whose_jobs_were_all_asked_for_elsewhere_asks_for_those_that_come
     asyncio.run(main())
 
 
+def gated(look: Callable[[str], None]) -> tuple[Lines, Line, FakeLimiter]:
+    """A line whose gate is over in a moment; `look` is how it claims."""
+    caller, limiter = FakeCaller(), FakeLimiter()
+    caller.look = look  # type: ignore[attr-defined]
+    lines = Lines(limiter, caller)  # type: ignore[arg-type]
+    line = lines._lines["m", "interactive"] = Line("m", "interactive", lines)
+    line.shut_until = time.monotonic() + 0.01
+    return lines, line, limiter
+
+
 @pytest.mark.parametrize("stirred", [False, True], ids=["alone", "beside others"])
 def test_once_a_gate_is_over_it_looks_for_what_comes_back_and_for_what_comes_behind(
     monkeypatch: pytest.MonkeyPatch, stirred: bool
@@ -101,10 +111,6 @@ def test_once_a_gate_is_over_it_looks_for_what_comes_back_and_for_what_comes_beh
     monkeypatch.setattr(worker.line, "IDLE_S", 0.01)
 
     async def main() -> None:
-        caller, limiter = FakeCaller(), FakeLimiter()
-        lines = Lines(limiter, caller)  # type: ignore[arg-type]
-        line = Line("m", "interactive", lines)
-        lines._lines["m", "interactive"] = line
         looks: list[float] = []
         third = asyncio.Event()
 
@@ -113,8 +119,8 @@ def test_once_a_gate_is_over_it_looks_for_what_comes_back_and_for_what_comes_beh
             if len(looks) == 3:
                 third.set()
 
-        caller.look = look  # type: ignore[attr-defined]
-        ends = line.shut_until = time.monotonic() + 0.01
+        lines, line, _ = gated(look)
+        ends = line.shut_until
 
         async def stir() -> None:
             while True:
@@ -138,22 +144,17 @@ def test_jobs_that_come_first_do_not_keep_it_from_looking_for_those_behind(monke
     monkeypatch.setattr(worker.line, "ASK_AGAIN_S", 0.01)
 
     async def main() -> None:
-        caller, limiter = FakeCaller(), FakeLimiter()
-        lines = Lines(limiter, caller)  # type: ignore[arg-type]
-        line = Line("m", "interactive", lines)
-        lines._lines["m", "interactive"] = line
-        looks: list[int] = []
+        looks: list[str] = []
         again = asyncio.Event()
 
         def look(lane: str) -> None:
-            looks.append(line.jobs)
+            looks.append(lane)
             if len(looks) == 1:
                 lines.add(job())
             else:
                 again.set()
 
-        caller.look = look  # type: ignore[attr-defined]
-        line.shut_until = time.monotonic() + 0.01
+        lines, line, limiter = gated(look)
         life = asyncio.create_task(line.live())
         await asyncio.wait_for(limiter.asked.wait(), 10.0)
         assert len(looks) == 1
